@@ -1,0 +1,59 @@
+"""One micro-batch, ragged from the first day: N texts over B images.
+
+B images, N texts, T tokens of the longest text in this batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Tensors of one micro-batch of one source.
+
+    A text belongs to the image at `image_index`; several texts may share an image, an image may have
+    none, and a text without image has index -1. A masked slot (a sample that could not be read) keeps
+    its rows with `image_valid` and `text_valid` False, and every objective leaves it out.
+    """
+
+    images: Tensor
+    """(B, 3, H, W) uint8; normalised on the device, by the image tower."""
+    image_valid: Tensor
+    """(B,) bool"""
+    tokens: Tensor
+    """(N, T) int64: start, words, end, then padding up to the longest text of the batch."""
+    text_length: Tensor
+    """(N,) int64: tokens of each text, start and end counted."""
+    image_index: Tensor
+    """(N,) int64 into B, or -1."""
+    text_valid: Tensor
+    """(N,) bool"""
+    text_id: Tensor
+    """(N,) int64: a hash of the caption. Equal captions are positives of each other."""
+    keys: tuple[str, ...]
+    """(B,) the samples' names, for the ledger and for messages."""
+
+    @property
+    def pair_valid(self) -> Tensor:
+        """(N,) bool: texts that stand beside a readable image of their own."""
+        has_image = self.image_index >= 0
+        return self.text_valid & has_image & self.image_valid[self.image_index.clamp(min=0)]
+
+    @property
+    def token_mask(self) -> Tensor:
+        """(N, T) bool: True on start, words and end; False on padding and on masked texts."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (places < self.text_length[:, None]) & self.text_valid[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; host memory is read asynchronously where it is pinned."""
+        moved = {
+            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for field in fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return Batch(**moved)

@@ -1,0 +1,38 @@
+"""One sample as it comes from a source: pixels, captions, phrases with boxes, or the reason it is masked.
+
+H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phrase:
+    """A phrase of a caption and the box it names."""
+
+    text: str
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1 in 0..1 of the image."""
+    caption: int = 0
+    """Which of the sample's captions it is a phrase of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What a source says about one index.
+
+    A sample that could not be read keeps its slot: `fault` says why, in words, and the image is zeros.
+    Positions never shift because of bad data; the loss leaves the slot out.
+    """
+
+    key: str
+    """Names the sample within its source, e.g. `00000.tar/000000012`."""
+    image: Tensor | None
+    """(3, H, W) uint8, or None for text alone."""
+    captions: tuple[str, ...]
+    phrases: tuple[Phrase, ...] = ()
+    fault: str = ""

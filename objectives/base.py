@@ -1,0 +1,165 @@
+"""What an objective is: the passes it reads, the units it counts, and the sum it returns.
+
+B images, N texts, T tokens, P image tokens, D embedding width, Dv Dt token widths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from torch import Tensor, nn
+
+from datasets.batch import Batch
+from datasets.source import Field
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+View = Literal["clean", "masked", "dropped", "weak", "strong", "momentum", "teacher", "none"]
+What = Literal["image", "image_tokens", "text", "text_tokens", "decoded"]
+Tower = Literal["image", "text", "captioner"]
+
+VOCABULARY: dict[What, tuple[Tower, str]] = {
+    "image": ("image", "(B, D) unit norm: one embedding of each image"),
+    "image_tokens": ("image", "(B, P, Dv): the image tower's patch states"),
+    "text": ("text", "(N, D) unit norm: one embedding of each text"),
+    "text_tokens": ("text", "(N, T, Dt): the text tower's token states"),
+    "decoded": ("captioner", "(N, T-1, Dt): states that predict tokens 1..T-1 from those before and the image"),
+}
+"""Everything the encoders can say: the tower that says it, and its shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of an encoder over one view of an input: data, hashable, declared before any work."""
+
+    what: What
+    image: View = "clean"
+    text: View = "clean"
+
+    @property
+    def run(self) -> tuple[Tower, View, View]:
+        """The tower and views that are run; `image` and `image_tokens` of one view share one run."""
+        return VOCABULARY[self.what][0], self.image, self.text
+
+
+IMAGE = Pass("image", text="none")
+IMAGE_TOKENS = Pass("image_tokens", text="none")
+TEXT = Pass("text", image="none")
+TEXT_TOKENS = Pass("text_tokens", image="none")
+DECODED = Pass("decoded")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is minimised, and what is watched beside it."""
+
+    total: Tensor
+    """() sum over this micro-batch's units; the step divides by the global count of units."""
+    metrics: dict[str, Tensor]
+    """Detached () sums over the same units; reported divided by the same count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """What an objective's heads need to know about the encoders."""
+
+    embed: int
+    """D"""
+    image_tokens: int
+    """Dv"""
+    text_tokens: int
+    """Dt"""
+    vocabulary: int
+    """V"""
+    temperature: bool
+    """Whether the model lends this objective its own logit scale and bias; at most one gets them."""
+
+
+class Encodings(Protocol):
+    """What the encoders say about one micro-batch; each run happens on first use and is kept."""
+
+    group: ProcessGroup | None
+    """The ranks that share the global batch; None for one process."""
+    logit_scale: Tensor
+    """(1,) the model's own log temperature."""
+    logit_bias: Tensor | None
+    """(1,) the model's own bias."""
+
+    def __getitem__(self, wanted: Pass) -> Tensor:
+        """The tensor of a pass, with the shape that VOCABULARY gives."""
+        ...
+
+    def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the vocabulary head, without logits of the whole batch.
+
+        Args:
+            states: (M, Dt) decoder states.
+            targets: (M,) token ids.
+            smoothing: label smoothing in 0..1.
+
+        Returns:
+            () sum of the losses and () count of arg-max hits (detached).
+        """
+        ...
+
+
+Weight = float | tuple[tuple[int, float], ...]
+"""A constant, or (step, value) points with straight lines between them."""
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """The weight that holds at a step: constant beyond the first and last point, linear between."""
+    if isinstance(weight, int | float):
+        return float(weight)
+    before = weight[0]
+    for point in weight:
+        if step < point[0]:
+            if step <= before[0]:
+                return before[1]
+            share = (step - before[0]) / (point[0] - before[0])
+            return before[1] + share * (point[1] - before[1])
+        before = point
+    return before[1]
+
+
+class Objective(nn.Module, ABC):
+    """One thing to minimise. Heads live here; towers do not.
+
+    `forward` returns sums, never means: a mean over a micro-batch is not the mean over the global batch
+    when tokens, masks or bad slots differ between ranks. The step adds `denominator` over all
+    micro-batches and ranks before the first backward and divides by that.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Settings every objective has."""
+
+        weight: Weight = 1.0
+        """Factor of this objective in the sum: a number, or STEP VALUE points with lines between."""
+
+    needs: ClassVar[frozenset[Field]]
+    """What a source must hold to feed this objective."""
+    passes: tuple[Pass, ...]
+    """What it reads; checked against the model before any work."""
+    coupled: tuple[Pass, ...] = ()
+    """The passes through which the samples of a batch see each other."""
+
+    @abstractmethod
+    def denominator(self, batch: Batch) -> Tensor:
+        """() int64: units of this micro-batch (pairs, tokens, masked patches), from the Batch alone."""
+
+    @abstractmethod
+    def forward(self, encodings: Encodings, batch: Batch) -> Terms:
+        """The sum of this objective over this micro-batch's units."""
+
+    def clamp(self) -> None:
+        """Bring parameters back into their range after an optimizer step, outside the graph."""
+
+    def before(self, step: int) -> None:
+        """Called once at the start of a step: momentum encoders move here."""
+
+    def commit(self) -> None:
+        """Called once after a step was accepted: queues advance here."""

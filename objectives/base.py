@@ -26,7 +26,10 @@ VOCABULARY: dict[What, tuple[Tower, str]] = {
     "image_tokens": ("image", "(B, P, Dv): the image tower's patch states"),
     "text": ("text", "(N, D) unit norm: one embedding of each text"),
     "text_tokens": ("text", "(N, T, Dt): the text tower's token states"),
-    "decoded": ("captioner", "(N, T-1, Dt): states that predict tokens 1..T-1 from those before and the image"),
+    "decoded": (
+        "captioner",
+        "(N, T-1, Dt): states that predict tokens 1..T-1 from earlier ones and the image",
+    ),
 }
 """Everything the encoders can say: the tower that says it, and its shape."""
 
@@ -142,6 +145,8 @@ class Objective(nn.Module, ABC):
 
     needs: ClassVar[frozenset[Field]]
     """What a source must hold to feed this objective."""
+    temperature: ClassVar[tuple[float, float | None] | None] = None
+    """Initial scale and bias of a contrastive objective; the model lends its own pair to the first one."""
     passes: tuple[Pass, ...]
     """What it reads; checked against the model before any work."""
     coupled: tuple[Pass, ...] = ()

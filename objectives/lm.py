@@ -1,0 +1,52 @@
+"""Captioning: the next token of a text, given the image and the tokens before it.
+
+N texts, T tokens, M scored tokens, Dt width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from datasets.batch import Batch
+from datasets.source import Field
+from objectives.base import DECODED, Encodings, Objective, Terms, Widths
+
+
+class LM(Objective):
+    """Cross-entropy of every token after the start, end included, over the tokens of the global batch.
+
+    Padding, masked slots and texts without image are not scored.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Objective.Config):
+        """Settings of lm."""
+
+        smoothing: float = 0.0
+        """Label smoothing (BLIP 0.1, CoCa 0)."""
+
+    needs: ClassVar[frozenset[Field]] = frozenset({"image", "text"})
+    passes = (DECODED,)
+
+    def __init__(self, config: LM.Config, widths: Widths) -> None:
+        super().__init__()
+        self.smoothing = config.smoothing
+
+    def denominator(self, batch: Batch) -> Tensor:
+        """Tokens."""
+        return _scored(batch).sum()
+
+    def forward(self, encodings: Encodings, batch: Batch) -> Terms:
+        """Sum over the scored tokens."""
+        scored = _scored(batch)  # (N, T-1)
+        states = encodings[DECODED][scored]  # (M, Dt)
+        targets = batch.tokens[:, 1:][scored]  # (M,)
+        total, hits = encodings.vocabulary_loss(states, targets, smoothing=self.smoothing)
+        return Terms(total, {"accuracy": hits})
+
+
+def _scored(batch: Batch) -> Tensor:
+    return batch.token_mask[:, 1:] & batch.pair_valid[:, None]

@@ -1,0 +1,164 @@
+"""One directory per run: who may write in it, which run it belongs to, and where things lie in it.
+
+RUN_DIR/
+    run.yaml        the resolved run; its first line is a comment with the identity
+    lock            held, with the process's id inside, while it trains
+    metrics.jsonl   ledger   tokenizer.json   plots/   checkpoints/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import yaml
+
+from datasets.errors import UserError
+from pretrain.atomic import replace
+
+_IDENTITY = re.compile(r"# identity: (\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The paths of a run. `open_run` gives one that holds the lock; a bare one only names the paths."""
+
+    root: Path
+    lock: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of step-NNNNNNNN directories."""
+        return self.root / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Directory of images."""
+        return self.root / "plots"
+
+    @property
+    def run_yaml(self) -> Path:
+        """The resolved run."""
+        return self.root / "run.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per report."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One line per step."""
+        return self.root / "ledger"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that this run trained, if it did."""
+        return self.root / "tokenizer.json"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str] = ()) -> RunDir:
+    """Create or reopen the directory of a run and hold its lock until the result is left or the process dies.
+
+    `run.yaml` is written on first use, and again when only budgets changed.
+
+    Args:
+        out: the directory.
+        run_yaml: the resolved run, as YAML.
+        identity: hash of the resolved run without its budgets, one word.
+        budgets: top-level keys of `run_yaml` that the identity leaves out.
+
+    Raises:
+        UserError: it cannot be written, another process trains in it, or it belongs to another run.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        run = RunDir(out, _locked(out))
+        try:
+            before = _belongs(run, run_yaml, identity, budgets)
+            text = f"# identity: {identity}\n{run_yaml}"
+            if text != before:
+                replace(run.run_yaml, text.encode())
+        except BaseException:
+            run.close()
+            raise
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror
+        raise UserError(
+            f"the run directory {out} cannot be written ({reason}): choose another --out"
+        ) from error
+    return run
+
+
+def _locked(out: Path) -> TextIO:
+    # The kernel drops the lock with the process, also on kill -9; the file itself stays and means nothing.
+    lock = (out / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"the run directory {out} is in use by {holder}: wait for it, stop it, or choose another --out"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    lock.flush()
+    return lock
+
+
+def _belongs(run: RunDir, run_yaml: str, identity: str, budgets: Collection[str]) -> str | None:
+    """Refuse the directory of another run; return the text of its run.yaml, or None on first use."""
+    if not run.run_yaml.exists():
+        if run.checkpoints.exists():
+            raise UserError(
+                f"{run.root} holds checkpoints but no run.yaml that says of which run: choose another --out"
+            )
+        return None
+    before = run.run_yaml.read_text()
+    match = _IDENTITY.match(before)
+    if match is None:
+        raise UserError(
+            f"{run.run_yaml} was not written by a run (no identity in its first line): choose another --out"
+        )
+    if match[1] != identity:
+        differences = _differences(yaml.safe_load(before), yaml.safe_load(run_yaml), budgets)
+        which = f", which differs in {'; '.join(differences)}" if differences else ""
+        raise UserError(f"{run.root} belongs to another run{which}: choose another --out")
+    return before
+
+
+def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int = 3) -> list[str]:
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    keys = [
+        key
+        for key in {**old, **new}
+        if key.split(".")[0] not in budgets and old.get(key, "nothing") != new.get(key, "nothing")
+    ]
+    named = [f"{key} ({old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here)" for key in keys]
+    return [*named[:limit], f"and {len(named) - limit} more"] if len(named) > limit else named
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree

@@ -1,0 +1,54 @@
+"""Where reports go. The loop tells one sink, usually a `Fanout`, and never asks which are on.
+
+Values are plain floats by name; these names mean something to the sinks, all others are only recorded:
+
+    samples                 images seen since the start of the run: the axis of every plot
+    loss                    what was minimised, weights applied
+    loss/NAME               the loss of objective NAME, before its weight
+    samples_per_second, data_wait (share, 0..1), seconds_left       from `pretrain.clock`
+
+Anything else is KIND/NAME, e.g. `itc/accuracy`, `val/image_recall@1`, or a single word, e.g. `lr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+
+class Sink(Protocol):
+    """Somewhere that reports go. Only rank zero has any."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """The report of a step: called at the reporting cadence, steps ascending, each at most once."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A sentence for whoever follows the run."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        ...
+
+
+class Fanout:
+    """Several sinks as one; none at all is the null object."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass a report on to each."""
+        for sink in self._sinks:
+            sink.step(step, values)
+
+    def note(self, text: str) -> None:
+        """Pass a sentence on to each."""
+        for sink in self._sinks:
+            sink.note(text)
+
+    def close(self) -> None:
+        """Close each."""
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,63 @@
+"""RUN_DIR/metrics.jsonl: one JSON object per report, each step once, also after a resume. The truth."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.atomic import replace
+
+
+class JsonLines:
+    """`{"step": 100, "samples": 6400, "loss": 3.21, ...}` per line; what is not finite is null.
+
+    Each line reaches the operating system at once, so a killed process loses none.
+    """
+
+    def __init__(self, path: Path, *, after: int = 0) -> None:
+        """Open the file of a run.
+
+        Args:
+            path: created if it is not there.
+            after: the step the run goes on from. Later records are superseded: they are cut off.
+        """
+        _cut(path, after)
+        self._file = path.open("ab", buffering=0)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a report."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+
+    def note(self, text: str) -> None:
+        """Nothing: sentences are for people, this file is for programs."""
+
+    def flush(self) -> None:
+        """Bring every line to the disk itself; called before a checkpoint is published."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, in order; a last line torn by a crash is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _cut(path: Path, after: int) -> None:
+    """Keep the records up to a step. The old file stands until the new one is whole."""
+    if not path.exists():
+        return
+    kept = b"".join(json.dumps(record).encode() + b"\n" for record in read(path) if record["step"] <= after)
+    if kept != path.read_bytes():
+        replace(path, kept)

@@ -1,0 +1,76 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+from pretrain.sinks import plots
+from pretrain.sinks.jsonl import JsonLines
+
+
+def metrics(path, **series):
+    sink = JsonLines(path)
+    for i in range(60):
+        sink.step(i + 1, {"samples": 64 * (i + 1), **{name: make(i) for name, make in series.items()}})
+    sink.close()
+    return path
+
+
+def test_the_files_and_their_panels(tmp_path, monkeypatch):
+    drawn = {}
+    panel = plots._panel
+    monkeypatch.setattr(
+        plots, "_panel", lambda axes, title, x, y: (drawn.update({title: (x, y)}), panel(axes, title, x, y))
+    )
+    path = metrics(
+        tmp_path / "m",
+        **{
+            "loss": lambda i: 3.0 + i,
+            "loss/itc": lambda i: math.nan if i == 5 else 1.0 + i,
+            "loss/lm": lambda i: 2.0,
+        },
+        **{"samples_per_second": lambda i: 9.0, "data_wait": lambda i: 0.1, "seconds_left": lambda i: 1.0},
+        **{"itc/accuracy": lambda i: i / 60},
+    )
+    made = plots.draw(path, tmp_path / "plots")
+    assert [p.name for p in made] == ["losses.png", "throughput.png", "metrics.png"]
+    assert set(drawn) == {
+        "sum of all objectives, weighted",
+        "itc loss",
+        "lm loss",
+        "samples per second",
+        "share of time waiting for data",
+        "itc/accuracy",
+    }
+    samples, values = drawn["itc loss"]
+    kept = [i for i in range(60) if i != 5]
+    np.testing.assert_array_equal(samples, [64.0 * (i + 1) for i in kept])
+    np.testing.assert_array_equal(values, [1.0 + i for i in kept])
+    for file in made:
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        assert pixels.min() < 120  # something is drawn
+        assert (pixels == 255).mean() > 0.5  # on white
+
+
+def test_one_objective_needs_no_sum_and_an_empty_file_draws_nothing(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(plots, "_panel", lambda axes, title, x, y: titles.append(title))
+    path = metrics(tmp_path / "m", **{"loss": lambda i: 1.0, "loss/itc": lambda i: 1.0})
+    assert [p.name for p in plots.draw(path, tmp_path / "plots")] == ["losses.png"]
+    assert titles == ["itc loss"]
+    (tmp_path / "empty").write_text("")
+    assert plots.draw(tmp_path / "empty", tmp_path / "plots") == []
+
+
+def test_smoothing_is_a_mean_of_what_is_near():
+    values = np.arange(200.0)
+    smooth = plots._smooth(values)
+    np.testing.assert_allclose(smooth[:190], values[:190])  # a straight line stays one, also at its start
+    np.testing.assert_allclose(smooth[-1], values[-6:].mean())
+    np.testing.assert_allclose(plots._smooth(np.full(50, 2.0)), 2.0)
+
+
+def test_drawing_library_is_not_imported_before_it_is_needed():
+    code = "import sys, pretrain.sinks.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,111 @@
+import os
+import signal
+
+import pytest
+import yaml
+
+from datasets.errors import UserError
+from pretrain.rundir import RunDir, open_run
+
+RUN = {"objectives": {"itc": {"kind": "itc"}}, "optim": {"lr": 0.002, "betas": [0.9, 0.98]}, "steps": 100}
+
+
+def text(**changes):
+    return yaml.safe_dump({**RUN, **changes}, sort_keys=False)
+
+
+def test_first_use_writes_the_run_and_the_same_run_comes_back(tmp_path):
+    out = tmp_path / "runs" / "itc"
+    with open_run(out, text(), identity="a1") as run:
+        assert yaml.safe_load(run.run_yaml.read_text()) == RUN
+        stamp = run.run_yaml.stat().st_ino
+        run.checkpoints.mkdir()
+    with open_run(out, text(), identity="a1") as run:
+        assert run.run_yaml.stat().st_ino == stamp
+    with open_run(out, text(steps=200), identity="a1"):
+        assert yaml.safe_load((out / "run.yaml").read_text())["steps"] == 200
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "lock", "run.yaml"]
+
+
+def test_where_things_lie(tmp_path):
+    run = RunDir(tmp_path)
+    paths = (run.run_yaml, run.checkpoints, run.plots, run.metrics, run.ledger, run.tokenizer)
+    assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
+        "run.yaml",
+        "checkpoints",
+        "plots",
+        "metrics.jsonl",
+        "ledger",
+        "tokenizer.json",
+    ]
+
+
+def test_another_run_is_refused_and_the_difference_named(tmp_path):
+    open_run(tmp_path, text(), identity="a1").close()
+    before = (tmp_path / "run.yaml").read_text()
+    other = text(steps=7, optim={"lr": 0.003, "betas": [0.9, 0.98]}, model="tiny")
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, other, identity="b2", budgets={"steps"})
+    sentence = str(caught.value)
+    assert "optim.lr (0.002 there, 0.003 here)" in sentence
+    assert "model (nothing there, tiny here)" in sentence
+    assert "betas" not in sentence
+    assert "steps" not in sentence
+    assert str(tmp_path) in sentence
+    assert (tmp_path / "run.yaml").read_text() == before
+    # A refusal holds no lock.
+    open_run(tmp_path, text(), identity="a1").close()
+
+
+def test_many_differences_are_counted_and_none_needs_no_list(tmp_path):
+    open_run(tmp_path, text(), identity="a1").close()
+    with pytest.raises(UserError, match=r"a \(.*; b \(.*; c \(.*; and 2 more"):
+        open_run(tmp_path, text(a=1, b=2, c=3, d=4, e=5), identity="b2")
+    with pytest.raises(UserError, match="another run: choose"):
+        open_run(tmp_path, text(), identity="b2")
+
+
+def test_a_directory_that_cannot_be_is_one_sentence(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        with pytest.raises(UserError, match=f"{out} cannot be written"):
+            open_run(out, text(), identity="a1")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_one_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        open_run(tmp_path / "run", text(), identity="a1")
+
+
+def test_a_directory_of_unknown_origin_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"no run\.yaml"):
+        open_run(tmp_path, text(), identity="a1")
+    (tmp_path / "run.yaml").write_text("objectives: mine\n")
+    with pytest.raises(UserError, match="not written by a run"):
+        open_run(tmp_path, text(), identity="a1")
+
+
+def test_two_processes_cannot_train_in_one_directory_and_kill_releases_it(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with open_run(tmp_path, text(), identity="a1"):
+                os.write(writer, b"!")
+                signal.alarm(30)
+                signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reader, 1) == b"!"
+        with pytest.raises(UserError, match=f"in use by process {child} on "):
+            open_run(tmp_path, text(), identity="a1")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with open_run(tmp_path, text(), identity="a1"):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")

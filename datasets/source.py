@@ -31,3 +31,7 @@ class Source(Protocol):
             train: draw a random view (crop, flip) rather than the one fixed view.
         """
         ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of the sample at `index` without its pixels; none where it cannot be read."""
+        ...

@@ -1,0 +1,102 @@
+"""From a Run to the module that is trained: tokenizer, model, objectives, and the checks between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+
+import torch
+
+from datasets.errors import UserError
+from datasets.source import Source
+from datasets.tokens import Tokenizer, TrainedBPE
+from objectives import kind_of, objective_class
+from objectives.base import Objective, Widths
+from pretrain.config import Run
+from pretrain.distributed import Ranks
+from pretrain.pretrainer import Pretrainer
+from pretrain.rundir import RunDir
+from pretrain.zoo.dual import Dual
+from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
+
+_CAPTIONS_FOR_TOKENIZER = 20_000
+
+
+def check_fed(run: Run, source: Source) -> None:
+    """Refuse an objective that needs what the data does not hold.
+
+    Raises:
+        UserError: names the objective, what it needs, and what there is.
+    """
+    for name, config in run.objectives.items():
+        missing = objective_class(kind_of(config)).needs - source.fields
+        if missing:
+            raise UserError(
+                f"objective {name!r} needs {', '.join(sorted(missing))}, which {source.name} does not hold; "
+                f"it holds {', '.join(sorted(source.fields))}"
+            )
+
+
+def build_tokenizer(run: Run, source: Source, rundir: RunDir, ranks: Ranks) -> Tokenizer:
+    """The model's own tokenizer, or one trained on the data's captions and kept in the run directory."""
+    own = own_tokenizer(run.model)
+    if own is not None:
+        return own
+    assert isinstance(run.model, DualConfig)
+    if ranks.zero and not rundir.tokenizer.exists():
+        indices = range(_CAPTIONS_FOR_TOKENIZER if source.size is None else source.size)
+        captions = (caption for index in indices for caption in source.captions(index))
+        trained = TrainedBPE.train(
+            islice(captions, _CAPTIONS_FOR_TOKENIZER),
+            vocabulary=run.vocabulary,
+            context_length=run.model.text.context_length,
+        )
+        trained.save(rundir.tokenizer)
+    ranks.wait()
+    return TrainedBPE.load(rundir.tokenizer)
+
+
+def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer:
+    """Model and objectives with the weights of the run's seed, on this rank's device.
+
+    Raises:
+        UserError: the model cannot be built, or cannot give what an objective reads.
+    """
+    torch.manual_seed(run.seed)
+    classes = {name: objective_class(kind_of(config)) for name, config in run.objectives.items()}
+    # The model has one temperature. The first contrastive objective borrows it; others own theirs.
+    borrower = next((name for name, owner in classes.items() if owner.temperature is not None), None)
+    model = build_model(
+        run.model,
+        tokenizer=tokenizer,
+        resolution=next(iter(run.stages.values())).resolution,
+        temperature=classes[borrower].temperature if borrower else None,
+    )
+    objectives = {
+        name: owner(run.objectives[name], widths_of(model, tokenizer, temperature=name == borrower))
+        for name, owner in classes.items()
+    }
+    pretrainer = Pretrainer(model, objectives, ranks.group)
+    drop_unread(model, objectives)
+    return pretrainer.to(ranks.device)
+
+
+def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool) -> Widths:
+    """What an objective's heads need to know."""
+    assert model.text is not None
+    return Widths(
+        embed=model.image.embed,
+        image_tokens=model.image.width,
+        text_tokens=model.text.width,
+        vocabulary=tokenizer.vocabulary,
+        temperature=temperature,
+    )
+
+
+def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
+    """Leave out the parts that no objective reads: no memory, no optimizer step, no gradient to wait for."""
+    towers = {wanted.run[0] for objective in objectives.values() for wanted in objective.passes}
+    if "text" not in towers:
+        model.text = None
+    if "captioner" not in towers:
+        model.captioner = None

@@ -1,0 +1,127 @@
+"""argv -> Run. What decides the shape of a run is read first; every leaf of it is then a flag.
+
+`--recipe` and `--objectives` and `--model` build the value, tyro makes its leaves flags: `--help` shows the
+flags of exactly this run, and an unknown flag is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import tyro
+
+from datasets.errors import UserError
+from objectives import kind_of, objective_class
+from objectives.base import Objective
+from pretrain import runfile
+from pretrain.config import Run
+from pretrain.zoo.models import model_config
+
+_DESCRIPTION = """Pretrain with any mix of objectives.
+
+These four decide what else there is to set; all other flags are listed below, for this choice:
+
+  --recipe NAME            a module of pretrain/recipes, NAME:small for its small version, or a path:
+                           mine.py, RUN_DIR/run.yaml (default: laptop)
+  --objectives itc,lm      what to minimise: KIND, KIND:WEIGHT or NAME=KIND, separated by commas
+  --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model
+  --out RUN_DIR            where the run lives; the same command again goes on there
+"""
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a command line asks for."""
+
+    run: Run
+    out: Path
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Read a command line (without the program's name).
+
+    Raises:
+        UserError: an unknown recipe, objective or model, or a value that no run can have.
+        SystemExit: --help, and flags that tyro refuses (exit code 2).
+    """
+    shape = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--objectives", "--model", "--out"):
+        shape.add_argument(flag)
+    chosen, leaves = shape.parse_known_args(arguments)
+
+    name = chosen.recipe or "laptop"
+    run = load_recipe(name)
+    if chosen.model is not None:
+        run = replace(run, model=model_config(chosen.model))
+    if chosen.objectives is not None:
+        run = replace(run, objectives=parse_objectives(chosen.objectives, run.objectives))
+    run = tyro.cli(Run, default=run, args=leaves, prog="python -m pretrain.launch", description=_DESCRIPTION)
+    run.check()
+    title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
+    out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
+    return Command(run=run, out=out)
+
+
+def load_recipe(name: str) -> Run:
+    """The run of `NAME`, `NAME:small`, `path/to/mine.py[:small]` or `path/to/run.yaml`.
+
+    Raises:
+        UserError: there is no such recipe; names the nearest one.
+    """
+    base, _, variant = name.partition(":")
+    function = variant or "recipe"
+    if base.endswith((".yaml", ".yml")):
+        return runfile.load(Path(base))
+    if base.endswith(".py"):
+        if not Path(base).is_file():
+            raise UserError(f"there is no recipe file {base}")
+        found = runpy.run_path(base)
+    else:
+        known = sorted(path.stem for path in _RECIPES.glob("[a-z]*.py"))
+        if base not in known:
+            near = get_close_matches(base, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown recipe {base!r}; {hint}Known: {', '.join(known)}")
+        found = vars(import_module(f"pretrain.recipes.{base}"))
+    if function not in found:
+        raise UserError(f"recipe {base} has no {function}(); write it as `def {function}() -> Run`")
+    return found[function]()
+
+
+def parse_objectives(text: str, known: dict[str, Objective.Config]) -> dict[str, Objective.Config]:
+    """`itc,lm:2,mlm_text=mlm` as configurations by name; those of the recipe are kept where they match.
+
+    Raises:
+        UserError: an unknown kind, a weight that is no number, a name that stands twice.
+    """
+    chosen: dict[str, Objective.Config] = {}
+    for part in text.split(","):
+        entry, _, weight = part.strip().partition(":")
+        name, _, kind = entry.rpartition("=")
+        name = name or kind
+        if not name.isidentifier():
+            raise UserError(f"--objectives {text}: {part.strip()!r} is not KIND, KIND:WEIGHT or NAME=KIND")
+        config_class = objective_class(kind).Config
+        if name in chosen:
+            raise UserError(f"--objectives names {name!r} twice; write NAME={kind} for a second instance")
+        before = known.get(name)
+        config = before if before is not None and kind_of(before) == kind else config_class()
+        if weight:
+            config = replace(config, weight=_number(weight, part))
+        chosen[name] = config
+    return chosen
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--objectives: the weight in {part!r} is not a number") from None

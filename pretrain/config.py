@@ -1,0 +1,106 @@
+"""A run as one immutable value. Components own their settings; this file only composes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from datasets.errors import UserError
+from datasets.views import Augment
+from objectives.base import Objective
+from pretrain.optim import Optim
+from pretrain.precision import Precision
+from pretrain.zoo.models import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of steps in which everything but the learning rate stays as it is."""
+
+    steps: int = 1000
+    """Optimizer steps of this stage."""
+    batch: int = 128
+    """Samples of a global batch, over all ranks and micro-batches."""
+    micro_batches: int = 1
+    """Pieces a rank works through its share in: less memory, the same gradient."""
+    resolution: int = 64
+    """Side of the images in pixels."""
+    optim: Optim = field(default_factory=Optim)
+    """Optimizer settings and learning-rate schedule of this stage."""
+
+    def check(self, name: str) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            UserError: names the flag and the least value.
+        """
+        for key in ("steps", "batch", "micro_batches", "resolution"):
+            if getattr(self, key) < 1:
+                raise UserError(f"--stages.{name}.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.batch < self.micro_batches:
+            raise UserError(
+                f"--stages.{name}.batch is {self.batch}, too few samples for "
+                f"{self.micro_batches} micro-batches"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often something happens beside training."""
+
+    report: int = 20
+    """Steps between two lines of metrics."""
+    checkpoint: int = 200
+    """Steps between two checkpoints; the last step always makes one."""
+    keep: int = 2
+    """Checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides a run. Written to RUN_DIR/run.yaml; `--recipe RUN_DIR/run.yaml` repeats it."""
+
+    data: str = "scenes"
+    """`scenes` (built in), or tar shards: globs or brace ranges, several sets separated by commas."""
+    val: str = ""
+    """Data to evaluate on at the end, written like --data; `scenes` has its own test sets."""
+    captions: Literal["one", "all"] = "one"
+    """Of a sample with several captions: one drawn each time, or all beside their one image."""
+    augment: Augment = field(default_factory=Augment)
+    """The random view of a photo; built-in scenes are never cropped or flipped."""
+    vocabulary: int = 4096
+    """Largest vocabulary of a tokenizer trained on the data's own captions."""
+    model: ModelConfig
+    """The encoders; --model chooses the kind."""
+    objectives: dict[str, Objective.Config]
+    """What is minimised, by name; --objectives chooses them."""
+    stages: dict[str, Stage] = field(default_factory=lambda: {"one": Stage()})
+    """Stages in the order they are trained."""
+    precision: Precision = field(default_factory=Precision)
+    """Arithmetic."""
+    cadence: Cadence = field(default_factory=Cadence)
+    """Reports and checkpoints."""
+    loader_threads: int = 2
+    """Threads of each rank that read and decode ahead."""
+    seed: int = 0
+    """Key of the order, the views and the initial weights."""
+
+    def check(self) -> None:
+        """Refuse values that no run can have.
+
+        Raises:
+            UserError: one sentence that names the flag.
+        """
+        if not self.objectives:
+            raise UserError("a run needs at least one objective: --objectives itc,lm")
+        if not self.stages:
+            raise UserError("a run needs at least one stage")
+        for name, stage in self.stages.items():
+            stage.check(name)
+        for key in ("report", "checkpoint"):
+            if getattr(self.cadence, key) < 1:
+                raise UserError(f"--cadence.{key} is {getattr(self.cadence, key)}; it must be at least 1")
+        if self.cadence.keep < 2:
+            raise UserError("--cadence.keep must be at least 2: the newest may be cut short by a crash")
+        if self.loader_threads < 1:
+            raise UserError(f"--loader-threads is {self.loader_threads}; it must be at least 1")

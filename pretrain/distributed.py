@@ -1,0 +1,71 @@
+"""Who we are among the ranks. The only file that reads RANK, WORLD_SIZE and their like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from datasets.errors import UserError
+
+_RENDEZVOUS_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among all that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    """None for one process, which then needs no collective at all."""
+
+    @property
+    def zero(self) -> bool:
+        """Whether this rank writes, prints and saves."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+@contextmanager
+def join_ranks() -> Generator[Ranks]:
+    """Join the process group that torchrun (or srun with the same variables) describes, and leave it.
+
+    Raises:
+        UserError: the other ranks do not come; names host and port.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Ranks(rank=0, world=1, device=device, group=None)
+        return
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_RENDEZVOUS_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise UserError(f"rank {rank} of {world} found no rendezvous at {where}: {error}") from error
+    try:
+        yield Ranks(rank=rank, world=world, device=device, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

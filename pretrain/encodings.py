@@ -1,0 +1,70 @@
+"""What the encoders say about one micro-batch, each pass computed at most once.
+
+B images, N texts, T tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from datasets.batch import Batch
+from objectives.base import Pass, What
+from pretrain.zoo.dual import Dual, Run
+
+
+class ModelEncodings:
+    """Answers passes by running towers on first use; implements `objectives.base.Encodings`."""
+
+    def __init__(
+        self,
+        model: Dual,
+        batch: Batch,
+        *,
+        group: ProcessGroup | None,
+        given: Mapping[Pass, Tensor] | None = None,
+    ) -> None:
+        """`given` holds passes that are known already: those of the whole step, for a coupled objective."""
+        self.group = group
+        self._model = model
+        self._batch = batch
+        self._given = given or {}
+        self._runs: dict[Run, dict[What, Tensor]] = {}
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,) the model's own log temperature."""
+        return self._model.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """(1,) the model's own bias."""
+        return self._model.logit_bias
+
+    def __getitem__(self, wanted: Pass) -> Tensor:
+        """The tensor of a pass."""
+        if wanted in self._given:
+            return self._given[wanted]
+        if wanted.run not in self._runs:
+            self._runs[wanted.run] = self._encode(wanted.run)
+        return self._runs[wanted.run][wanted.what]
+
+    def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
+        """() sum of cross-entropies and () count of hits; see `objectives.base.Encodings`."""
+        assert self._model.captioner is not None
+        return self._model.captioner.head.loss(states, targets, smoothing=smoothing)
+
+    def _encode(self, run: Run) -> dict[What, Tensor]:
+        tower, image_view, _ = run
+        batch, model = self._batch, self._model
+        if tower == "image":
+            return model.encode_image(batch.images)
+        if tower == "text":
+            return model.encode_text(batch.tokens, batch.text_length)
+        assert model.captioner is not None
+        # A text without image has index -1 and is never scored: any image will do for its row.
+        image_tokens = self[Pass("image_tokens", image=image_view, text="none")]
+        context = image_tokens[batch.image_index.clamp(min=0)]
+        return {"decoded": model.captioner(context, batch.tokens[:, :-1])}

@@ -1,0 +1,1 @@
+"""What a model can do: functions of a model and data that return {name: value}."""

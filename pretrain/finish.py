@@ -1,0 +1,58 @@
+"""What happens when the last step is done: judge the model, say what came of it, draw the curves."""
+
+from __future__ import annotations
+
+from datasets.sources import open_source
+from pretrain.curriculum import Curriculum
+from pretrain.evaluate.final import Results, judge_pairs, judge_scenes, table
+from pretrain.evaluate.judge import Judge
+from pretrain.loop import Training
+from pretrain.rundir import RunDir
+from pretrain.sinks import plots
+from pretrain.sinks.jsonl import read
+
+_PREFIX = "val/"
+
+
+def is_finished(rundir: RunDir, curriculum: Curriculum) -> bool:
+    """Whether this run was trained to its last step and judged."""
+    if not rundir.metrics.exists():
+        return False
+    return any(
+        record["step"] == curriculum.steps and any(name.startswith(_PREFIX) for name in record)
+        for record in read(rundir.metrics)
+    )
+
+
+def finish(training: Training) -> None:
+    """Judge the trained model on rank zero and write what was found."""
+    if training.ranks.zero:
+        results = judge(training)
+        values = {f"{_PREFIX}{name}": result.value for name, result in results.items()}
+        training.sink.step(training.standing.step, {"samples": training.standing.position, **values})
+        for line in ["", *table(results), ""]:
+            training.sink.note(line)
+        draw(training)
+    training.ranks.wait()
+
+
+def draw(training: Training) -> None:
+    """Draw the curves of the run so far."""
+    pictures = plots.draw(training.rundir.metrics, training.rundir.plots)
+    training.sink.note(f"curves: {', '.join(map(str, pictures))}")
+
+
+def judge(training: Training) -> Results:
+    """Everything that can be measured with the data at hand."""
+    run, judge = (
+        training.run,
+        Judge(model=training.pretrainer.model, tokenizer=training.tokenizer, compute=training.compute),
+    )
+    resolution = training.curriculum.stretches[-1].stage.resolution
+    results: Results = {}
+    if run.data == "scenes" and not run.val:
+        results |= judge_scenes(judge, resolution=resolution)
+    elif run.val and judge.model.text is not None:
+        source = open_source(run.val, seed=run.seed, split="test", augment=run.augment)
+        results |= judge_pairs(judge, source, resolution=resolution)
+    return results

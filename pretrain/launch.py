@@ -1,0 +1,142 @@
+"""Train: `python -m pretrain.launch --objectives itc,lm`, or the same under torchrun.
+
+Reads the command line, builds everything in the order data flows, trains from where the run stands, and
+says what came of it. Exit codes: 0 done, 75 interrupted and saved, 2 the user can mend it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+# Two idle OpenMP threads that spin steal the cores from the threads that read ahead. Read once, by torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from datasets.errors import UserError
+from datasets.source import Source
+from datasets.sources import open_source
+from pretrain import checkpoint, runfile
+from pretrain.build import build_pretrainer, build_tokenizer, check_fed
+from pretrain.cli import Command, parse
+from pretrain.curriculum import Curriculum
+from pretrain.distributed import Ranks, join_ranks
+from pretrain.finish import finish, is_finished
+from pretrain.ledger import Ledger
+from pretrain.loop import Training, train
+from pretrain.optim import build_optimizer
+from pretrain.parallel import wrap
+from pretrain.precision import compute_for
+from pretrain.preempt import Preemption
+from pretrain.rundir import RunDir, open_run
+from pretrain.sinks import Fanout
+from pretrain.sinks.console import console
+from pretrain.sinks.jsonl import JsonLines
+from pretrain.state import Standing, restore
+
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        command = parse(arguments)
+        with join_ranks() as ranks, Preemption() as preemption:
+            return launch(command, ranks, preemption)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+
+
+def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
+    """Build what the run describes, train it, and judge it."""
+    run, curriculum = command.run, Curriculum(command.run.stages)
+    with ExitStack() as stack:
+        source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
+        check_fed(run, source)
+        rundir = RunDir(command.out)
+        if ranks.zero:
+            identity, budgets = runfile.identity(run), runfile.BUDGETS
+            rundir = open_run(command.out, runfile.dump(run), identity=identity, budgets=budgets)
+            stack.enter_context(rundir)
+        ranks.wait()
+        if is_finished(rundir, curriculum):
+            if ranks.zero:
+                sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
+            return DONE
+        training = build(command, curriculum, source, rundir, ranks, stack)
+        if train(training, preemption) == "interrupted":
+            training.sink.note(
+                f"{preemption.requested or 'another rank'} asked to stop: step {training.standing.step} is "
+                f"saved in {command.out}; the same command goes on from there"
+            )
+            return INTERRUPTED
+        finish(training)
+        return DONE
+
+
+def build(
+    command: Command, curriculum: Curriculum, source: Source, rundir: RunDir, ranks: Ranks, stack: ExitStack
+) -> Training:
+    """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
+    run = command.run
+    compute = compute_for(run.precision, ranks.device)
+    tokenizer = build_tokenizer(run, source, rundir, ranks)
+    pretrainer = build_pretrainer(run, tokenizer, ranks)
+    optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
+
+    standing = Standing(data=source.fingerprint, tokenizer=tokenizer.fingerprint)
+    messages: list[str] = []
+    if found := _newest_checkpoint(rundir, ranks, messages):
+        saved = found.load()
+        standing = standing.resumed(saved.state)
+        restore(saved.tensors, pretrainer, optimizer)
+
+    sink, ledger = Fanout(), None
+    if ranks.zero:
+        screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
+        sink = Fanout([screen, JsonLines(rundir.metrics, after=standing.step)])
+        ledger = Ledger(rundir.ledger, ranks=ranks.world)
+        stack.callback(ledger.close)
+    stack.callback(sink.close)
+    for message in [*messages, *introduction(command, curriculum, standing)]:
+        sink.note(message)
+
+    return Training(
+        run=run,
+        source=source,
+        tokenizer=tokenizer,
+        pretrainer=pretrainer,
+        wrapped=wrap(pretrainer, ranks),
+        optimizer=optimizer,
+        curriculum=curriculum,
+        compute=compute,
+        ranks=ranks,
+        rundir=rundir,
+        sink=sink,
+        ledger=ledger,
+        standing=standing,
+    )
+
+
+def _newest_checkpoint(rundir: RunDir, ranks: Ranks, messages: list[str]) -> checkpoint.Checkpoint | None:
+    """The newest one that verifies. Rank zero looks first, for looking sets damaged ones aside."""
+    found = checkpoint.find(rundir.checkpoints, report=messages.append) if ranks.zero else None
+    ranks.wait()
+    return found if ranks.zero else checkpoint.find(rundir.checkpoints, report=messages.append)
+
+
+def introduction(command: Command, curriculum: Curriculum, standing: Standing) -> list[str]:
+    """What will happen, in a few lines."""
+    run = command.run
+    objectives = " + ".join(run.objectives)
+    begin = f"from step {standing.step}" if standing.step else "from the start"
+    return [
+        f"{objectives} on {run.data}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
+        f"everything is kept in {command.out}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datasets.batch import Batch
+from datasets.errors import UserError
+from datasets.loader import Loader, Masked
+from datasets.source import Source
+from datasets.tokens import Tokenizer
+from objectives.base import weight_at
+from objectives.gather import count_rows
+from pretrain import checkpoint
+from pretrain.clock import Clock
+from pretrain.config import Run
+from pretrain.curriculum import Curriculum, Stretch
+from pretrain.distributed import Ranks
+from pretrain.ledger import Ledger
+from pretrain.optim import set_rate
+from pretrain.precision import Compute
+from pretrain.preempt import Preemption
+from pretrain.pretrainer import Pretrainer
+from pretrain.rundir import RunDir
+from pretrain.sinks import Sink
+from pretrain.state import Standing, capture
+from pretrain.step import Agreed, StepReport, Wrapped, agree, train_step
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Everything the loop works with, built by `pretrain.launch` in the order data flows."""
+
+    run: Run
+    source: Source
+    tokenizer: Tokenizer
+    pretrainer: Pretrainer
+    wrapped: Wrapped
+    optimizer: torch.optim.Optimizer
+    curriculum: Curriculum
+    compute: Compute
+    ranks: Ranks
+    rundir: RunDir
+    sink: Sink
+    ledger: Ledger | None
+    """Rank zero's; the others have none."""
+    standing: Standing
+    clock: Clock = field(default_factory=Clock)
+    pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
+    """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
+    named: set[str] = field(default_factory=set)
+    """Keys of masked samples that were already said aloud."""
+
+
+def train(training: Training, preemption: Preemption) -> Literal["finished", "interrupted"]:
+    """Train from where the run stands to its end, or to the step boundary after a signal."""
+    for stretch, first in training.curriculum.from_step(training.standing.step):
+        loader = _loader(training, stretch)
+        portions = loader.steps(first - stretch.first, stretch.stage.steps, position=stretch.position)
+        with closing(portions):
+            for step in range(first, stretch.last):
+                with training.clock.waiting():
+                    portion = next(portions)
+                stop, masked = preemption.requested is not None, len(portion.masked)
+                agreed = agree(training.wrapped, portion.batches, training.ranks, stop=stop, masked=masked)
+                if agreed.stop:
+                    save(training)
+                    return "interrupted"
+                _name_masked(training, portion.masked, agreed)
+                _one_step(training, stretch, step, portion.batches, agreed)
+
+                # Once in a while.
+                done = step + 1
+                if done % training.run.cadence.report == 0 or done == stretch.last:
+                    report(training, stretch)
+                if done % training.run.cadence.checkpoint == 0 or done == training.curriculum.steps:
+                    save(training)
+    return "finished"
+
+
+def _loader(training: Training, stretch: Stretch) -> Loader:
+    run, ranks = training.run, training.ranks
+    return Loader(
+        training.source,
+        training.tokenizer,
+        seed=run.seed,
+        batch=stretch.stage.batch,
+        rank=ranks.rank,
+        ranks=ranks.world,
+        micro_batches=stretch.stage.micro_batches,
+        resolution=stretch.stage.resolution,
+        train=True,
+        threads=run.loader_threads,
+        captions=run.captions,
+    )
+
+
+def _one_step(
+    training: Training, stretch: Stretch, step: int, batches: Sequence[Batch], agreed: Agreed
+) -> None:
+    run, stage, ranks = training.run, stretch.stage, training.ranks
+    set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
+    done = train_step(
+        training.wrapped,
+        [batch.to(ranks.device) for batch in batches],
+        training.optimizer,
+        counts=agreed.counts,
+        weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
+        clip=stage.optim.clip,
+        compute=training.compute,
+        ranks=ranks,
+        seed=(run.seed, step),
+    )
+    training.pending.append((step + 1, _sample_ids(batches, ranks), done))
+    training.standing = replace(
+        training.standing,
+        step=step + 1,
+        position=stretch.position_at(step + 1),
+        masked=training.standing.masked + agreed.masked,
+    )
+    training.clock.step(stage.batch)
+
+
+def report(training: Training, stretch: Stretch) -> None:
+    """Read the pending numbers from the device, write the ledger, and tell the sinks about the last step.
+
+    Raises:
+        UserError: a loss or gradient norm is not finite; nothing of it was saved.
+    """
+    pending, training.pending = training.pending, []
+    for step, samples, done in pending:
+        loss, norm = float(done.values["loss"]), float(done.norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before "
+                f"a checkpoint of it is written: lower --stages.{stretch.name}.optim.lr and run again"
+            )
+        if training.ledger is not None:
+            alarm = training.ledger.record(step, [f"{i:x}" for i in samples.tolist()], loss=loss, norm=norm)
+            if alarm is not None:
+                training.sink.note(f"warning: {alarm}")
+    if not pending:
+        return
+    step, _, done = pending[-1]
+    reading = training.clock.read(remaining=training.curriculum.samples - training.standing.position)
+    training.sink.step(
+        step,
+        {
+            "samples": training.standing.position,
+            **{name: float(value) for name, value in done.values.items()},
+            "gradient_norm": float(done.norm),
+            "lr": training.optimizer.param_groups[0]["lr"],
+            "logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
+            "masked": training.standing.masked,
+            "samples_per_second": reading.samples_per_second,
+            "data_wait": reading.data_wait,
+            "seconds_left": reading.seconds_left,
+        },
+    )
+
+
+def save(training: Training) -> None:
+    """Bring everything that is known to the disk: ledger first, then the checkpoint it belongs to."""
+    for stretch, _ in training.curriculum.from_step(max(0, training.standing.step - 1)):
+        report(training, stretch)
+        break
+    if training.ranks.zero:
+        with training.clock.pause():
+            if training.ledger is not None:
+                training.ledger.flush()
+            folder, step = training.rundir.checkpoints, training.standing.step
+            tensors = capture(training.pretrainer, training.optimizer)
+            checkpoint.save(folder, step, tensors, training.standing.plain())
+            checkpoint.prune(folder, keep=training.run.cadence.keep)
+    training.ranks.wait()
+
+
+def _name_masked(training: Training, masked: Sequence[Masked], agreed: Agreed) -> None:
+    """Say once of each sample that cannot be read which one it is and why."""
+    if agreed.masked == 0:
+        return
+    everyone: list[list[tuple[str, str]]] = [[(one.key, one.reason) for one in masked]]
+    if training.ranks.group is not None:
+        mine = everyone[0]
+        everyone = [[] for _ in range(training.ranks.world)]
+        dist.all_gather_object(everyone, mine, group=training.ranks.group)
+    for key, reason in (pair for each in everyone for pair in each):
+        if key not in training.named:
+            training.named.add(key)
+            training.sink.note(f"masked sample {key}: {reason}")
+
+
+def _sample_ids(batches: Sequence[Batch], ranks: Ranks) -> Tensor:
+    """(G,) int64 hashes of the keys of the global batch, in order."""
+    keys = [key for batch in batches for key in batch.keys]
+    hashes = [
+        int.from_bytes(hashlib.blake2b(k.encode(), digest_size=8).digest(), "little") >> 1 for k in keys
+    ]
+    ids = torch.tensor(hashes, dtype=torch.int64, device=ranks.device)
+    return count_rows(len(ids), ranks.group, ranks.device).gather(ids)

@@ -1,0 +1,150 @@
+"""Encoders and objectives as one module: the thing that is wrapped, in every phase of a step.
+
+Losses live inside the wrapper, because heads and temperatures are trained, synchronised and saved like any
+other parameter, and because a wrapper only sees what passes through `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from datasets.batch import Batch
+from objectives.base import Objective, Pass, Terms
+from pretrain.encodings import ModelEncodings
+from pretrain.zoo.dual import Dual, check_served
+
+Phase = Literal["whole", "encode", "couple", "push"]
+"""whole: every objective on this micro-batch alone is the truth.
+encode: only the passes of coupled objectives, no gradient.
+couple: the coupled objectives on all micro-batches' encodings together.
+push: the other objectives, and the coupled gradients sent on through the encoders."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a phase says."""
+
+    total: Tensor
+    """() to call backward on: already weighted, already divided by the global counts."""
+    terms: dict[str, Terms]
+    """Each objective's raw sums."""
+
+
+class Pretrainer(nn.Module):
+    """The joint forward of all objectives over one shared set of encoders."""
+
+    def __init__(
+        self, model: Dual, objectives: Mapping[str, Objective], group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        for name, objective in objectives.items():
+            check_served(model.gives(), name, objective.passes)
+        self.model = model
+        self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
+        self.group = group
+
+    @property
+    def coupled(self) -> tuple[Pass, ...]:
+        """The passes through which samples of a batch see each other, of all objectives, each once."""
+        return tuple(dict.fromkeys(wanted for o in self.objectives.values() for wanted in o.coupled))
+
+    def coupled_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that coupled objectives read beside the encodings: temperatures and heads."""
+        named = [("model.logit_scale", self.model.logit_scale)]
+        if self.model.logit_bias is not None:
+            named.append(("model.logit_bias", self.model.logit_bias))
+        for name, objective in self.objectives.items():
+            if objective.coupled:
+                named += [(f"{name}.{key}", value) for key, value in objective.named_parameters()]
+        return named
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        phase: Phase,
+        factors: Mapping[str, Tensor],
+        given: Mapping[Pass, Tensor] | None = None,
+        pull: Mapping[str, Tensor] | None = None,
+    ) -> Outcome | dict[Pass, Tensor]:
+        """One phase over one micro-batch.
+
+        Args:
+            batch: the micro-batch; of `couple`, the joined step (see `join`).
+            phase: see Phase.
+            factors: () weight / global count of each objective.
+            given: of `couple`, the encodings of the joined step; of `push`, their gradients for this
+                micro-batch.
+            pull: of `push`, once a step: the gradients that `couple` gave to parameters of its own, by name.
+
+        Returns:
+            Of `encode`, the coupled passes; otherwise what to call backward on and the raw sums.
+        """
+        if phase == "encode":
+            encodings = ModelEncodings(self.model, batch, group=self.group)
+            return {wanted: encodings[wanted] for wanted in self.coupled}
+        if phase == "couple":
+            encodings = ModelEncodings(self.model, batch, group=self.group, given=given)
+            return self._sum(encodings, batch, factors, [n for n, o in self.objectives.items() if o.coupled])
+        encodings = ModelEncodings(self.model, batch, group=self.group)
+        if phase == "whole":
+            return self._sum(encodings, batch, factors, list(self.objectives))
+        outcome = self._sum(
+            encodings, batch, factors, [n for n, o in self.objectives.items() if not o.coupled]
+        )
+        # A term whose gradient is the known one: the wrapper sees every parameter inside its forward.
+        for wanted, gradient in (given or {}).items():
+            outcome.total = outcome.total + (encodings[wanted] * gradient).sum()
+        parameters = dict(self.coupled_parameters())
+        for name, gradient in (pull or {}).items():
+            outcome.total = outcome.total + (parameters[name] * gradient).sum()
+        return outcome
+
+    def _sum(
+        self, encodings: ModelEncodings, batch: Batch, factors: Mapping[str, Tensor], names: list[str]
+    ) -> Outcome:
+        terms = {name: self.objectives[name](encodings, batch) for name in names}
+        total = self.model.logit_scale.new_zeros(())
+        for name in names:
+            total = total + factors[name] * terms[name].total
+        return Outcome(total=total, terms=terms)
+
+    def clamp(self) -> None:
+        """Bring bounded parameters back into their range, after the optimizer step."""
+        self.model.clamp()
+        for objective in self.objectives.values():
+            objective.clamp()
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """All micro-batches of a step as one batch, for what couples them. Pixels and words stay behind.
+
+    A coupled objective reads encodings, lengths and identities; carrying the images along would double
+    the memory that micro-batches were chosen to save.
+    """
+    shift, shifted = 0, []
+    for batch in batches:
+        index = batch.image_index
+        shifted.append(torch.where(index >= 0, index + shift, index))
+        shift += len(batch.images)
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    return replace(
+        batches[0],
+        images=torch.cat([batch.images[:, :, :0, :0] for batch in batches]),
+        image_valid=together("image_valid"),
+        tokens=torch.cat([batch.tokens[:, :0] for batch in batches]),
+        text_length=together("text_length"),
+        image_index=torch.cat(shifted),
+        text_valid=together("text_valid"),
+        text_id=together("text_id"),
+        keys=tuple(key for batch in batches for key in batch.keys),
+    )

@@ -1,0 +1,199 @@
+"""What tests of several ranks share: a pool of processes that is started once, and a tiny model.
+
+Importing torch in four processes takes longer than most tests, so one pool of four lives as long as the
+test session and lends groups of 2 or all 4 of its ranks to functions of test files.
+
+B images, N texts, T tokens, P image tokens, W token width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from datasets.batch import Batch
+from datasets.order import share
+from pretrain.distributed import Ranks
+from pretrain.zoo.towers import Encoded, ImageTower, TextTower
+
+LARGEST = 4
+
+
+class RankPool:
+    """Four processes joined by gloo."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        address = str(Path(self._folder.name) / "pool")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with Listener(address, "AF_UNIX") as listener:
+            self._processes = [
+                subprocess.Popen([sys.executable, "-m", "pretrain.testing", address, str(r)], env=environment)
+                for r in range(LARGEST)
+            ]
+            accepted = [listener.accept() for _ in range(LARGEST)]
+        self._connections: dict[int, Connection] = {each.recv(): each for each in accepted}
+
+    def run(self, function: Callable[..., Any], world: int, **arguments: Any) -> list[Any]:
+        """Call `function(ranks, **arguments)` on that many ranks at once; one result per rank.
+
+        The function is found again by file and name, so it must stand at the top of its file.
+        """
+        connections = [self._connections[rank] for rank in range(world)]
+        for connection in connections:
+            connection.send((function.__code__.co_filename, function.__name__, world, arguments))
+        answers = [connection.recv() for connection in connections]
+        for rank, (failure, _) in enumerate(answers):
+            if failure is not None:
+                raise AssertionError(f"rank {rank} of {world}:\n{failure}")
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections.values():
+            connection.close()
+        for process in self._processes:
+            process.wait(timeout=30)
+        self._folder.cleanup()
+
+
+def _serve(address: str, rank: int) -> None:
+    """Answer calls until the pool hangs up."""
+    torch.set_num_threads(1)
+    with Client(address, "AF_UNIX") as connection:
+        store = dist.FileStore(f"{address}.store", LARGEST)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=LARGEST)
+        pair = dist.new_group([0, 1])
+        groups = {1: None, 2: pair, LARGEST: dist.group.WORLD}
+        modules: dict[str, Any] = {}
+        connection.send(rank)
+        while True:
+            try:
+                path, name, world, arguments = connection.recv()
+            except EOFError:
+                break
+            try:
+                if path not in modules:
+                    modules[path] = _load(path)
+                ranks = Ranks(rank=rank, world=world, device=torch.device("cpu"), group=groups[world])
+                connection.send((None, getattr(modules[path], name)(ranks, **arguments)))
+            except Exception:
+                connection.send((traceback.format_exc(), None))
+
+
+def _load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_on_ranks_{Path(path).stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TinyImage(ImageTower):
+    """Patches of 4 pixels through one non-linear layer."""
+
+    def __init__(self, *, width: int = 8, embed: int = 6) -> None:
+        super().__init__()
+        self.width, self.embed = width, embed
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.project = nn.Linear(width, embed)
+
+    def forward(self, images: Tensor) -> Encoded:
+        """(B, 3, H, W) -> (B, D), (B, P, W)."""
+        tokens = self.patches(images.to(self.patches.weight.dtype) / 255).flatten(2).mT.tanh()
+        return Encoded(self.project(tokens.mean(1)), tokens)
+
+
+class TinyText(TextTower):
+    """Embeddings, averaged over the words of each text, with dropout."""
+
+    def __init__(self, *, vocabulary: int = 20, width: int = 8, embed: int = 6, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.embed, self.context_length = width, embed, 16
+        self.words = nn.Embedding(vocabulary, width)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(width, embed)
+
+    def forward(self, tokens: Tensor, length: Tensor) -> Encoded:
+        """(N, T), (N,) -> (N, D), (N, T, W)."""
+        states = self.dropout(self.words(tokens).tanh())
+        real = torch.arange(tokens.shape[1]) < length[:, None]
+        pooled = (states * real[..., None]).sum(1) / length[:, None].clamp(min=1)
+        return Encoded(self.project(pooled), states)
+
+
+def make_samples(count: int, *, seed: int = 0, vocabulary: int = 20) -> list[Batch]:
+    """Single-sample batches of every awkward kind: several captions, none, a masked slot, equal captions."""
+    random = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=random))
+
+    samples: list[Batch] = []
+    for place in range(count):
+        texts = {3: 2, 5: 0}.get(place % 7, 1)
+        lengths = [number(3, 9) for _ in range(texts)]
+        tokens = torch.zeros(texts, max(lengths, default=0), dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            tokens[row, :length] = torch.randint(3, vocabulary, (length,), generator=random)
+        masked = place % 7 == 4
+        samples.append(
+            Batch(
+                images=torch.randint(0, 256, (1, 3, 8, 8), generator=random, dtype=torch.uint8),
+                image_valid=torch.tensor([not masked]),
+                tokens=tokens,
+                text_length=torch.tensor(lengths, dtype=torch.int64),
+                image_index=torch.zeros(texts, dtype=torch.int64),
+                text_valid=torch.full((texts,), not masked),
+                # Samples 1 and 8 say the same.
+                text_id=torch.tensor(
+                    [1 if place % 7 == 1 else 100 * place + t for t in range(texts)], dtype=torch.int64
+                ),
+                keys=(f"sample/{place}",),
+            )
+        )
+    return samples
+
+
+def merge(samples: Sequence[Batch]) -> Batch:
+    """One ragged batch of several, tokens padded to the longest."""
+    longest = max(sample.tokens.shape[1] for sample in samples)
+    shift, index, tokens = 0, [], []
+    for sample in samples:
+        index.append(sample.image_index + shift)
+        tokens.append(nn.functional.pad(sample.tokens, (0, longest - sample.tokens.shape[1])))
+        shift += len(sample.images)
+    return Batch(
+        images=torch.cat([s.images for s in samples]),
+        image_valid=torch.cat([s.image_valid for s in samples]),
+        tokens=torch.cat(tokens),
+        text_length=torch.cat([s.text_length for s in samples]),
+        image_index=torch.cat(index),
+        text_valid=torch.cat([s.text_valid for s in samples]),
+        text_id=torch.cat([s.text_id for s in samples]),
+        keys=tuple(key for s in samples for key in s.keys),
+    )
+
+
+def split(samples: Sequence[Batch], ranks: Ranks, micro_batches: int) -> list[Batch]:
+    """This rank's micro-batches of a global batch."""
+    mine = share(len(samples), ranks.rank, ranks.world)
+    pieces = [share(len(mine), place, micro_batches) for place in range(micro_batches)]
+    return [merge([samples[mine[at]] for at in piece]) for piece in pieces]
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,135 @@
+"""A captioning decoder: text tokens attend to those before them and to the tokens of an image.
+
+N texts, T tokens, P image tokens, Dv their width, Dt the decoder's width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.zoo.head import VocabularyHead
+
+
+@dataclass(slots=True)
+class Cache:
+    """What generation keeps between tokens."""
+
+    cross: list[tuple[Tensor, Tensor]]
+    """Of each layer: (N, H, P, Dt/H) keys and values of the image, computed once."""
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of each layer: (N, H, t, Dt/H) keys and values of the t tokens read so far."""
+
+    @property
+    def length(self) -> int:
+        """t, the tokens read so far."""
+        return self.past[0][0].shape[2] if self.past else 0
+
+
+class Captioner(nn.Module):
+    """A pre-norm transformer decoder with cross-attention (Vaswani et al., arXiv 1706.03762).
+
+    Causal and padded on the right, so what stands after a token cannot be seen. The rows of the
+    vocabulary head are the token embeddings (Press and Wolf, arXiv 1608.05859).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Sizes of the decoder."""
+
+        width: int = 128
+        """Dt."""
+        layers: int = 2
+        """Blocks of self-attention, cross-attention and a feed-forward layer."""
+        heads: int = 4
+        """H; divides the width."""
+        hidden: float = 2.0
+        """Width of the feed-forward layers, in units of the decoder's."""
+
+    def __init__(
+        self, config: Captioner.Config, *, image_width: int, vocabulary: int, context_length: int
+    ) -> None:
+        super().__init__()
+        self.width = config.width
+        self.context_length = context_length
+        self.head = VocabularyHead(vocabulary=vocabulary, width=config.width)
+        self.position = nn.Parameter(torch.empty(context_length, config.width))
+        nn.init.normal_(self.position, std=0.01)
+        self.image_norm = nn.LayerNorm(image_width)
+        self.blocks = nn.ModuleList(_Block(config, image_width=image_width) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
+        """States that predict the next token.
+
+        Args:
+            image_tokens: (N, P, Dv), the image of each text.
+            tokens: (N, T-1) int64, all tokens but the last.
+
+        Returns:
+            (N, T-1, Dt): state t has read the image and tokens 0..t.
+        """
+        return self.extend(tokens, cache=self.start(image_tokens))
+
+    def start(self, image_tokens: Tensor) -> Cache:
+        """A cache that has read the image and no text."""
+        seen = self.image_norm(image_tokens)
+        return Cache([block.look(seen) for block in self.blocks])  # pyright: ignore[reportCallIssue]
+
+    def extend(self, tokens: Tensor, *, cache: Cache) -> Tensor:
+        """Read (N, t) more tokens into the cache and return their (N, t, Dt) states."""
+        begin = cache.length
+        assert begin == 0 or tokens.shape[1] == 1, "after the first call tokens come one at a time"
+        x = F.embedding(tokens, self.head.weight) + self.position[begin : begin + tokens.shape[1]]
+        present: list[tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self.blocks):
+            x, keys_values = block(x, cross=cache.cross[i], past=cache.past[i] if begin else None)
+            present.append(keys_values)
+        cache.past = present
+        return self.norm(x)
+
+
+class _Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each reads a norm and adds to its input."""
+
+    def __init__(self, config: Captioner.Config, *, image_width: int) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.hidden * config.width)
+        self.heads = config.heads
+        self.self_norm, self.cross_norm, self.norm = (nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.look_kv = nn.Linear(image_width, 2 * width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.ndim == 2:
+                nn.init.xavier_uniform_(weight)
+
+    def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, P, Dt/H) of the image."""
+        key, value = self._split(self.look_kv(image), parts=2)
+        return key, value
+
+    def forward(
+        self, x: Tensor, *, cross: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(N, t, Dt) states after this block, and keys and values of all tokens so far."""
+        query, key, value = self._split(self.qkv(self.self_norm(x)), parts=3)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        heard = F.scaled_dot_product_attention(query, key, value, is_causal=past is None)
+        x = x + self.self_out(heard.transpose(1, 2).flatten(2))
+        (query,) = self._split(self.query(self.cross_norm(x)), parts=1)
+        seen = F.scaled_dot_product_attention(query, *cross)
+        x = x + self.cross_out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm(x)))), (key, value)
+
+    def _split(self, x: Tensor, *, parts: int) -> tuple[Tensor, ...]:
+        """(N, t, parts * Dt) to `parts` tensors of (N, H, t, Dt/H)."""
+        N, t, width = x.shape
+        return x.view(N, t, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,0 +1,88 @@
+"""A dual encoder with a captioner: what objectives are served from.
+
+B images, N texts, T tokens, P image tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasets.errors import UserError
+from objectives.base import Pass, Tower, View, What
+from objectives.contrast import MAX_LOGIT_SCALE
+from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.towers import ImageTower, TextTower
+
+Run = tuple[Tower, View, View]
+
+
+class Dual(nn.Module):
+    """Two towers, one temperature, and a captioner on the image tokens.
+
+    Parts that no objective reads are not built, so no optimizer step is spent on them.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: ImageTower,
+        text: TextTower | None,
+        captioner: Captioner | None,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+        self.captioner = captioner
+        self.logit_scale = nn.Parameter(logit_scale.reshape(1))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(1))
+
+    def gives(self) -> dict[Run, tuple[What, ...]]:
+        """Every run this model can make, and what it says."""
+        given: dict[Run, tuple[What, ...]] = {("image", "clean", "none"): ("image", "image_tokens")}
+        if self.text is not None:
+            given["text", "none", "clean"] = ("text", "text_tokens")
+        if self.captioner is not None:
+            given["captioner", "clean", "clean"] = ("decoded",)
+        return given
+
+    def encode_image(self, images: Tensor) -> dict[What, Tensor]:
+        """(B, 3, H, W) uint8 -> `image` (B, D) of unit norm and `image_tokens` (B, P, Dv)."""
+        pooled, tokens = self.image(images)
+        return {"image": _unit(pooled), "image_tokens": tokens}
+
+    def encode_text(self, tokens: Tensor, length: Tensor) -> dict[What, Tensor]:
+        """(N, T) ids of (N,) lengths -> `text` (N, D) of unit norm and `text_tokens` (N, T, Dt)."""
+        assert self.text is not None
+        pooled, states = self.text(tokens, length)
+        return {"text": _unit(pooled), "text_tokens": states}
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep the scale at 100 or below, outside the graph (CLIP, arXiv 2103.00020, section 2.5)."""
+        self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+def _unit(pooled: Tensor) -> Tensor:
+    """Norms are taken in float32 whatever autocast made of the embedding."""
+    return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
+
+
+def check_served(gives: dict[Run, tuple[What, ...]], name: str, passes: Iterable[Pass]) -> None:
+    """Refuse an objective that reads what the model cannot say.
+
+    Raises:
+        UserError: names the pass and lists what there is.
+    """
+    for wanted in passes:
+        if wanted.what not in gives.get(wanted.run, ()):
+            there = ", ".join(sorted(what for says in gives.values() for what in says))
+            raise UserError(
+                f"objective {name!r} reads {wanted.what!r} (image {wanted.image}, text {wanted.text}), "
+                f"which this model cannot give; it gives {there} of clean inputs"
+            )

@@ -1,0 +1,162 @@
+"""The kinds of model a run can name, their settings, and how each is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets.errors import UserError
+from datasets.tokens import OpenClipTokens, Tokenizer
+from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.dual import Dual
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What every kind of model has."""
+
+    captioner: Captioner.Config = field(default_factory=Captioner.Config)
+    """The decoder that writes captions from image tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallText:
+    """Sizes of a causal text tower built by open_clip."""
+
+    width: int = 128
+    """Width of the tokens."""
+    layers: int = 2
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads; they divide the width."""
+    context_length: int = 64
+    """The longest caption in tokens; longer ones lose their last words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig(ModelConfig):
+    """An image tower of timm or open_clip beside a small text tower, from random weights."""
+
+    image: str = "small"
+    """The image tower: small, timm:NAME or open_clip:NAME."""
+    text: SmallText = field(default_factory=SmallText)
+    """The text tower."""
+    embed: int = 128
+    """Width of the embeddings that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipConfig(ModelConfig):
+    """A whole dual encoder of open_clip with its own tokenizer."""
+
+    name: str = "ViT-B-32"
+    """A name of open_clip.list_models()."""
+    pretrained: str = ""
+    """A .safetensors file, or a tag that open_clip knows for this model; empty for random weights."""
+
+
+Temperature = tuple[float, float | None]
+"""Initial scale, and bias where the loss has one."""
+
+MODELS: dict[str, type[ModelConfig]] = {"dual": DualConfig, "open_clip": OpenClipConfig}
+"""Kind -> settings."""
+
+
+def model_config_class(kind: str) -> type[ModelConfig]:
+    """The settings of a kind of model.
+
+    Raises:
+        UserError: no such kind.
+    """
+    if kind not in MODELS:
+        near = get_close_matches(kind, MODELS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown model {kind!r}; {hint}Known: {', '.join(MODELS)}")
+    return MODELS[kind]
+
+
+def model_kind_of(config: ModelConfig) -> str:
+    """The kind whose settings these are."""
+    return next(kind for kind, owner in MODELS.items() if type(config) is owner)
+
+
+def model_config(text: str) -> ModelConfig:
+    """`dual`, `open_clip` or `open_clip:NAME` as settings.
+
+    Raises:
+        UserError: no such kind, or a name where none is expected.
+    """
+    kind, _, name = text.partition(":")
+    owner = model_config_class(kind)
+    if not name:
+        return owner()
+    if owner is OpenClipConfig:
+        return OpenClipConfig(name=name)
+    raise UserError(f"--model {text}: {kind} takes no name; write --model {kind}")
+
+
+def own_tokenizer(config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that a model brings with it; None where one is trained on the data's captions."""
+    return OpenClipTokens(config.name) if isinstance(config, OpenClipConfig) else None
+
+
+def build_model(
+    config: ModelConfig, *, tokenizer: Tokenizer, resolution: int, temperature: Temperature | None
+) -> Dual:
+    """The model, all parts of it, from `torch`'s global random state.
+
+    Args:
+        config: kind and settings.
+        tokenizer: decides the vocabulary and the longest text.
+        resolution: side of the images in pixels; the grid of the position embeddings.
+        temperature: what the first contrastive objective starts from, for a model without one of its own.
+
+    Raises:
+        UserError: an unknown name, or sizes that do not fit.
+    """
+    build: Callable[..., dict[str, Any]] = _whole if isinstance(config, OpenClipConfig) else _dual
+    parts = build(config, tokenizer=tokenizer, resolution=resolution)
+    scale, bias = temperature or (1.0, None)
+    parts.setdefault("logit_scale", torch.tensor(scale).log())
+    if parts.get("logit_bias") is None and bias is not None:
+        parts["logit_bias"] = torch.tensor(bias)
+    captioner = Captioner(
+        config.captioner,
+        image_width=parts["image"].width,
+        vocabulary=tokenizer.vocabulary,
+        context_length=tokenizer.context_length,
+    )
+    return Dual(captioner=captioner, **{"logit_bias": None, **parts})
+
+
+def _dual(config: DualConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[str, Any]:
+    from pretrain.zoo.text import build_small_text
+    from pretrain.zoo.vision import build_image_tower
+
+    text = config.text
+    return {
+        "image": build_image_tower(config.image, embed=config.embed, resolution=resolution),
+        "text": build_small_text(
+            vocabulary=tokenizer.vocabulary,
+            width=text.width,
+            layers=text.layers,
+            heads=text.heads,
+            context_length=tokenizer.context_length,
+            embed=config.embed,
+            end_id=tokenizer.end,
+        ),
+    }
+
+
+def _whole(config: OpenClipConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[str, Any]:
+    from pretrain.zoo.whole import build_whole
+
+    del tokenizer  # open_clip's own, by the same name
+    whole = build_whole(config.name, pretrained=config.pretrained, resolution=resolution)
+    parts: dict[str, Tensor | object] = {"image": whole.image, "text": whole.text}
+    return {**parts, "logit_scale": whole.logit_scale, "logit_bias": whole.logit_bias}

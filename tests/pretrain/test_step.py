@@ -1,0 +1,153 @@
+"""The gradient of a step is that of the whole global batch, on any number of ranks and micro-batches."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from objectives import OBJECTIVES, objective_class
+from objectives.base import Widths
+from pretrain.distributed import Ranks
+from pretrain.parallel import wrap
+from pretrain.precision import Compute
+from pretrain.pretrainer import Pretrainer, join
+from pretrain.step import agree, backward, seed_model
+from pretrain.testing import TinyImage, TinyText, make_samples, split
+from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.dual import Dual
+
+ALONE = [(kind,) for kind in OBJECTIVES]
+PAIRS = list(itertools.combinations(OBJECTIVES, 2))
+SAMPLES = 23
+
+
+def build(kinds: tuple[str, ...], group=None, *, dropout: float = 0.0) -> Pretrainer:
+    torch.manual_seed(0)
+    model = Dual(
+        image=TinyImage(),
+        text=TinyText(dropout=dropout),
+        captioner=Captioner(
+            Captioner.Config(width=8, layers=1, heads=2), image_width=8, vocabulary=20, context_length=16
+        ),
+        logit_scale=torch.tensor(1.5),
+        logit_bias=torch.tensor(-2.0) if "itc" not in kinds else None,
+    )
+    borrower = next((kind for kind in kinds if objective_class(kind).temperature), None)
+    objectives = {
+        kind: objective_class(kind)(
+            objective_class(kind).Config(),
+            Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=kind == borrower),
+        )
+        for kind in kinds
+    }
+    return Pretrainer(model, objectives, group).double()
+
+
+def gradient(
+    ranks: Ranks, kinds: tuple[str, ...], micro_batches: int, dropout: float = 0.0
+) -> tuple[list[float], dict[str, int]]:
+    """The gradient of one step, flat, and how often each tower ran."""
+    pretrainer = build(kinds, ranks.group, dropout=dropout)
+    runs = {"image": 0, "text": 0, "captioner": 0}
+    for name in runs:
+        tower = getattr(pretrainer.model, name)
+        tower.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1))
+    wrapped = wrap(pretrainer, ranks)
+    batches = split(make_samples(SAMPLES), ranks, micro_batches)
+    agreed = agree(wrapped, batches, ranks, stop=False, masked=0)
+    weights = {kind: 1.0 + place for place, kind in enumerate(kinds)}
+    factors = {kind: weights[kind] * ranks.world / count for kind, count in agreed.counts.items()}
+    compute = Compute(device=ranks.device, bf16=False)
+    backward(wrapped, batches, factors, compute=compute, seed=(0, 0, ranks.rank))
+    return flat(pretrainer).tolist(), runs
+
+
+def flat(module: nn.Module) -> Tensor:
+    """All gradients as one vector."""
+    return nn.utils.parameters_to_vector(
+        p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters()
+    )
+
+
+def exact(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[tuple[str, ...], torch.Tensor]:
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+    return {kinds: exact(gradient(alone, kinds, 1)[0]) for kinds in [*ALONE, *PAIRS]}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kinds", [*ALONE, *PAIRS], ids="+".join)
+def test_the_gradient_is_that_of_the_whole_batch(pool, whole, kinds, world, micro_batches):
+    results = pool.run(gradient, world, kinds=kinds, micro_batches=micro_batches)
+    for found, _ in results:
+        error = (exact(found) - whole[kinds]).norm() / whole[kinds].norm()
+        assert error <= 1e-9
+    assert whole[kinds].norm() > 1e-3
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("kinds", [*ALONE, *PAIRS], ids="+".join)
+def test_each_tower_runs_once_per_micro_batch_and_once_more_where_they_are_coupled(kinds, micro_batches):
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+    _, runs = gradient(alone, kinds, micro_batches)
+    contrast = "itc" in kinds or "siglip" in kinds
+    again = micro_batches if contrast and micro_batches > 1 else 0
+    assert runs == {
+        "image": micro_batches + again,
+        "text": micro_batches + again if contrast else 0,
+        "captioner": micro_batches if "lm" in kinds else 0,
+    }
+
+
+def test_the_second_pass_repeats_the_first_with_dropout_on():
+    """With dropout, a coupled step in two passes has the gradient of a one-pass step with the same masks."""
+    ranks = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+    two_pass, _ = gradient(ranks, ("itc",), 3, dropout=0.5)
+
+    pretrainer = build(("itc",), dropout=0.5)
+    batches = split(make_samples(SAMPLES), ranks, 3)
+    agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
+    pieces = []
+    for place, batch in enumerate(batches):
+        seed_model((0, 0, 0), place)
+        pieces.append(pretrainer(batch, phase="encode", factors={}))
+    given = {wanted: torch.cat([piece[wanted] for piece in pieces]) for wanted in pieces[0]}
+    factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}
+    pretrainer(join(batches), phase="couple", factors=factors, given=given).total.backward()
+    one_pass = flat(pretrainer)
+    assert (exact(two_pass) - one_pass).norm() <= 1e-9 * one_pass.norm()
+
+
+def test_a_flag_on_one_rank_is_seen_by_all_and_masked_samples_are_added_up(pool):
+    assert pool.run(flagged, 4) == [(True, 6)] * 4
+
+
+def flagged(ranks: Ranks) -> tuple[bool, int]:
+    batches = split(make_samples(8), ranks, 1)
+    agreed = agree(build(("lm",), ranks.group), batches, ranks, stop=ranks.rank == 2, masked=ranks.rank)
+    return agreed.stop, agreed.masked
+
+
+def test_a_masked_slot_changes_nothing_but_itself():
+    """The step with masked slots is the step without those samples."""
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+    samples = make_samples(SAMPLES)
+    compute = Compute(device=alone.device, bf16=False)
+
+    def grads(chosen) -> torch.Tensor:
+        pretrainer = build(("itc", "lm"))
+        batches = split(chosen, alone, 1)
+        agreed = agree(pretrainer, batches, alone, stop=False, masked=0)
+        factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}
+        backward(pretrainer, batches, factors, compute=compute, seed=(0,))
+        return flat(pretrainer)
+
+    masked, without = grads(samples), grads([s for s in samples if bool(s.image_valid[0])])
+    assert len([s for s in samples if not s.image_valid[0]]) >= 3
+    assert (masked - without).norm() <= 1e-12 * without.norm()

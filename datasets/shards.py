@@ -116,11 +116,18 @@ def expand(patterns: str) -> list[Path]:
     from webdataset.shardlists import expand_urls
 
     paths: list[Path] = []
-    for pattern in re.split(r",(?![^{}]*\})", patterns):  # not at commas within braces
-        if "://" in pattern or pattern.strip().startswith("pipe:"):
+    between = r",(?![^{}]*\})"  # commas, but not those within braces
+    for pattern in filter(None, map(str.strip, re.split(between, patterns))):
+        if "://" in pattern or pattern.startswith("pipe:"):
             raise UserError(f"{pattern} is not a local path: only local tar files can be read for now")
-        for one in expand_urls(os.path.expanduser(pattern.strip())):  # noqa: PTH111 (no path yet)
+        try:
+            expanded = expand_urls(os.path.expanduser(pattern))  # noqa: PTH111 (no path yet)
+        except ValueError as error:
+            raise UserError(f"{pattern} has braces that do not match") from error
+        for one in expanded:
             paths += [Path(one)] if Path(one).is_file() else _glob(one)
+    if not paths:
+        raise UserError(f"{patterns!r} names no tar file: give a path, a glob or a brace range")
     twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice by {patterns}: name every shard once")

@@ -43,17 +43,19 @@ def build_tokenizer(run: Run, source: Source, rundir: RunDir, ranks: Ranks) -> T
     if own is not None:
         return own
     assert isinstance(run.model, DualConfig)
-    if ranks.zero and not rundir.tokenizer.exists():
-        indices = range(_CAPTIONS_FOR_TOKENIZER if source.size is None else source.size)
-        captions = (caption for index in indices for caption in source.captions(index))
-        trained = TrainedBPE.train(
-            islice(captions, _CAPTIONS_FOR_TOKENIZER),
-            vocabulary=run.vocabulary,
-            context_length=run.model.text.context_length,
-        )
-        trained.save(rundir.tokenizer)
-    ranks.wait()
+    context_length = run.model.text.context_length
+    ranks.on_zero(lambda: _train_tokenizer(run, source, rundir, context_length))
     return TrainedBPE.load(rundir.tokenizer)
+
+
+def _train_tokenizer(run: Run, source: Source, rundir: RunDir, context_length: int) -> None:
+    if rundir.tokenizer.exists():
+        return
+    indices = range(_CAPTIONS_FOR_TOKENIZER if source.size is None else source.size)
+    captions = (caption for index in indices for caption in source.captions(index))
+    some = islice(captions, _CAPTIONS_FOR_TOKENIZER)
+    trained = TrainedBPE.train(some, vocabulary=run.vocabulary, context_length=context_length)
+    trained.save(rundir.tokenizer)
 
 
 def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer:

@@ -37,6 +37,7 @@ class Stage:
         for key in ("steps", "batch", "micro_batches", "resolution"):
             if getattr(self, key) < 1:
                 raise UserError(f"--stages.{name}.{key} is {getattr(self, key)}; it must be at least 1")
+        self.optim.check(f"--stages.{name}.optim")
         if self.batch < self.micro_batches:
             raise UserError(
                 f"--stages.{name}.batch is {self.batch}, too few samples for "
@@ -95,6 +96,7 @@ class Run:
             raise UserError("a run needs at least one objective: --objectives itc,lm")
         if not self.stages:
             raise UserError("a run needs at least one stage")
+        self.model.check()
         for name, stage in self.stages.items():
             stage.check(name)
         for key in ("report", "checkpoint"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,13 @@ import torch.distributed as dist
 from datasets.errors import UserError
 
 _RENDEZVOUS_TIMEOUT = timedelta(seconds=300)
+
+
+T = TypeVar("T")
+
+
+class SaidByRankZeroError(UserError):
+    """A mistake that rank zero reports; the others only leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,27 @@ class Ranks:
         """Wait until every rank is here."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+    def on_zero(self, work: Callable[[], T]) -> T:
+        """Do something on rank zero, and tell every rank what came of it.
+
+        Raises:
+            UserError: what `work` raised, on rank zero.
+            SaidByRankZeroError: the same, on the others.
+        """
+        if self.group is None:
+            return work()
+        answer: list[Any] = [None, None]
+        if self.zero:
+            try:
+                answer = [work(), None]
+            except UserError as error:
+                answer = [None, str(error)]
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        result, failure = answer
+        if failure is not None:
+            raise UserError(failure) if self.zero else SaidByRankZeroError(failure)
+        return result
 
 
 @contextmanager

@@ -6,6 +6,7 @@ says what came of it. Exit codes: 0 done, 75 interrupted and saved, 2 the user c
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pretrain import checkpoint, runfile
 from pretrain.build import build_pretrainer, build_tokenizer, check_fed
 from pretrain.cli import Command, parse
 from pretrain.curriculum import Curriculum
-from pretrain.distributed import Ranks, join_ranks
+from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.finish import finish, is_finished
 from pretrain.ledger import Ledger
 from pretrain.loop import Training, train
@@ -36,6 +37,7 @@ from pretrain.sinks.jsonl import JsonLines
 from pretrain.state import Standing, restore
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,9 +46,15 @@ def main(arguments: Sequence[str]) -> int:
         command = parse(arguments)
         with join_ranks() as ranks, Preemption() as preemption:
             return launch(command, ranks, preemption)
+    except SaidByRankZeroError:
+        return USER_ERROR
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        sys.stderr.write(f"error: {error.strerror}: {error.filename or 'the run directory'}\n")
+    return USER_ERROR
 
 
 def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
@@ -56,11 +64,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
         check_fed(run, source)
         rundir = RunDir(command.out)
-        if ranks.zero:
-            identity, budgets = runfile.identity(run), runfile.BUDGETS
-            rundir = open_run(command.out, runfile.dump(run), identity=identity, budgets=budgets)
-            stack.enter_context(rundir)
-        ranks.wait()
+        ranks.on_zero(lambda: _claim(command, stack))
         if is_finished(rundir, curriculum):
             if ranks.zero:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
@@ -88,7 +92,8 @@ def build(
 
     standing = Standing(data=source.fingerprint, tokenizer=tokenizer.fingerprint)
     messages: list[str] = []
-    if found := _newest_checkpoint(rundir, ranks, messages):
+    found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
+    if found is not None:
         saved = found.load()
         standing = standing.resumed(saved.state)
         restore(saved.tensors, pretrainer, optimizer)
@@ -120,11 +125,11 @@ def build(
     )
 
 
-def _newest_checkpoint(rundir: RunDir, ranks: Ranks, messages: list[str]) -> checkpoint.Checkpoint | None:
-    """The newest one that verifies. Rank zero looks first, for looking sets damaged ones aside."""
-    found = checkpoint.find(rundir.checkpoints, report=messages.append) if ranks.zero else None
-    ranks.wait()
-    return found if ranks.zero else checkpoint.find(rundir.checkpoints, report=messages.append)
+def _claim(command: Command, stack: ExitStack) -> None:
+    """Make the run directory ours, until the stack is left."""
+    run = command.run
+    identity, budgets = runfile.identity(run), runfile.BUDGETS
+    stack.enter_context(open_run(command.out, runfile.dump(run), identity=identity, budgets=budgets))
 
 
 def introduction(command: Command, curriculum: Curriculum, standing: Standing) -> list[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from datasets.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -25,6 +27,21 @@ class Optim:
     """Decoupled decay of matrices; vectors, embeddings of positions and temperatures have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 leaves it alone."""
+
+    def check(self, flag: str) -> None:
+        """Refuse what AdamW cannot run with.
+
+        Raises:
+            UserError: names the flag, of which `flag` is the beginning.
+        """
+        for key in ("lr", "eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"{flag}.{key} is {getattr(self, key)}; it must be a number above 0")
+        for key in ("warmup", "weight_decay", "clip"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{flag}.{key} is {getattr(self, key)}; it must be a number of at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"{flag}.betas are {self.betas}; both must lie in 0..1, below 1")
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of 0 <= step < steps."""

@@ -33,7 +33,9 @@ class Lines:
         self._total = total
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line."""
+        """Write a line; a report without a loss (an evaluation) is not about speed."""
+        if "loss" not in values:
+            return
         self.note(f"step {step}/{self._total}  {_losses(values)}  {_speed(values)}")
 
     def note(self, text: str) -> None:
@@ -64,7 +66,9 @@ class Bar:
         self._task = self._progress.add_task("", total=total, completed=done, speed="", losses="")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar."""
+        """Move the bar; a report without a loss (an evaluation) is not about speed."""
+        if "loss" not in values:
+            return
         self._progress.update(self._task, completed=step, speed=_speed(values), losses=_losses(values))
         self._progress.start()  # the first time only: nothing is drawn before there is something to say
         self._progress.refresh()

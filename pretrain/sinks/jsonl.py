@@ -29,20 +29,16 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a report."""
+        """Append a report, and bring it to the disk itself: a checkpoint never outlives its records."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+        os.fsync(self._file.fileno())
 
     def note(self, text: str) -> None:
         """Nothing: sentences are for people, this file is for programs."""
 
-    def flush(self) -> None:
-        """Bring every line to the disk itself; called before a checkpoint is published."""
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
-        """Flush and close."""
-        self.flush()
+        """Close the file."""
         self._file.close()
 
 

@@ -23,6 +23,14 @@ class ModelConfig:
     captioner: Captioner.Config = field(default_factory=Captioner.Config)
     """The decoder that writes captions from image tokens."""
 
+    def check(self) -> None:
+        """Refuse sizes that no model can have.
+
+        Raises:
+            UserError: names the flag.
+        """
+        _check_sizes("--model.captioner", self.captioner)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SmallText:
@@ -49,6 +57,13 @@ class DualConfig(ModelConfig):
     embed: int = 128
     """Width of the embeddings that are compared."""
 
+    def check(self) -> None:
+        """Refuse sizes that no model can have."""
+        super().check()
+        _check_sizes("--model.text", self.text)
+        if self.embed < 1:
+            raise UserError(f"--model.embed is {self.embed}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipConfig(ModelConfig):
@@ -58,6 +73,14 @@ class OpenClipConfig(ModelConfig):
     """A name of open_clip.list_models()."""
     pretrained: str = ""
     """A .safetensors file, or a tag that open_clip knows for this model; empty for random weights."""
+
+
+def _check_sizes(flag: str, sizes: SmallText | Captioner.Config) -> None:
+    for key in ("width", "layers", "heads"):
+        if getattr(sizes, key) < 1:
+            raise UserError(f"{flag}.{key} is {getattr(sizes, key)}; it must be at least 1")
+    if sizes.width % sizes.heads:
+        raise UserError(f"{flag}.heads is {sizes.heads}; it must divide {flag}.width, which is {sizes.width}")
 
 
 Temperature = tuple[float, float | None]

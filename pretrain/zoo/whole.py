@@ -152,7 +152,7 @@ def _find(name: str, pretrained: str) -> _Weights:
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in _tags(name)]
     seen = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags}
     default = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    mean, std = seen.pop() if len(seen) == 9 else default
+    mean, std = seen.pop() if len(seen) == 1 else default
     path = _local(name, pretrained) if pretrained else None
     return _Weights(path=path, mean=mean, std=std, quick_gelu=False)
 

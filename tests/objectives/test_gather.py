@@ -14,7 +14,9 @@ def gathered(ranks: Ranks, transposed: bool) -> tuple[list[float], list[float]]:
     places = torch.arange(1.0, len(everyone) + 1, dtype=torch.float64)
     loss = (everyone * places[:, None]).sum() * (ranks.rank + 1)
     if transposed:  # a gradient that is not contiguous in memory
-        loss = (everyone.T @ torch.outer(places, torch.ones(2, dtype=torch.float64))).trace() * (ranks.rank + 1)
+        loss = (everyone.T @ torch.outer(places, torch.ones(2, dtype=torch.float64))).trace() * (
+            ranks.rank + 1
+        )
     loss.backward()
     assert rows.grad is not None
     return everyone[:, 0].tolist(), rows.grad[:, 0].tolist()

@@ -1,0 +1,61 @@
+import torch
+import torch.nn.functional as F
+
+from objectives.base import DECODED, Widths
+from objectives.lm import LM
+from pretrain.testing import make_samples, merge
+from pretrain.zoo.head import VocabularyHead
+
+WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
+
+
+class Decoded:
+    group = None
+    logit_scale = torch.zeros(1)
+    logit_bias = None
+
+    def __init__(self, states, head) -> None:
+        self.states, self.head = states, head
+
+    def __getitem__(self, wanted):
+        assert wanted == DECODED
+        return self.states
+
+    def vocabulary_loss(self, states, targets, *, smoothing):
+        return self.head.loss(states, targets, smoothing=smoothing)
+
+
+def test_the_sum_over_real_tokens_only():
+    torch.manual_seed(0)
+    batch = merge(make_samples(15))
+    head = VocabularyHead(vocabulary=20, width=8).double()
+    states = torch.randn(len(batch.tokens), batch.tokens.shape[1] - 1, 8, dtype=torch.float64)
+    objective = LM(LM.Config(smoothing=0.1), WIDTHS)
+    terms = objective(Decoded(states, head), batch)
+
+    targets = batch.tokens[:, 1:].clone()
+    for row in range(len(targets)):
+        targets[row, int(batch.text_length[row]) - 1 :] = -100
+        if not batch.pair_valid[row]:
+            targets[row] = -100
+    logits = states @ head.weight.T
+    reference = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=0.1, reduction="sum"
+    )
+    torch.testing.assert_close(terms.total, reference, rtol=1e-12, atol=0)
+    assert objective.denominator(batch).item() == int((targets != -100).sum())
+    hits = ((logits.argmax(-1) == targets) & (targets != -100)).sum()
+    assert terms.metrics["accuracy"].item() == hits.item()
+
+
+def test_a_batch_without_a_readable_pair_costs_nothing():
+    batch = merge([make_samples(15)[4]])  # masked
+    head = VocabularyHead(vocabulary=20, width=8)
+    states = torch.randn(1, batch.tokens.shape[1] - 1, 8, requires_grad=True)
+    objective = LM(LM.Config(), WIDTHS)
+    terms = objective(Decoded(states, head), batch)
+    terms.total.backward()
+    assert terms.total.item() == 0
+    assert objective.denominator(batch).item() == 0
+    assert states.grad is not None
+    assert not states.grad.any()

@@ -1,0 +1,143 @@
+import pytest
+
+from datasets.errors import UserError
+from objectives.itc import ITC
+from objectives.lm import LM
+from objectives.siglip import SigLIP
+from pretrain import cli, runfile
+from pretrain.recipes import laptop
+from pretrain.zoo.models import OpenClipConfig
+
+
+def parsed(line: str) -> cli.Command:
+    return cli.parse(line.split())
+
+
+def test_objectives_by_name_weight_and_flag():
+    run = parsed("--objectives itc:1,lm:2").run
+    assert run.objectives == {"itc": ITC.Config(weight=1.0), "lm": LM.Config(weight=2.0)}
+    run = parsed("--objectives itc,lm --objectives.lm.weight 2").run
+    assert run.objectives["lm"].weight == 2.0
+    run = parsed("--objectives siglip,again=siglip:0.5").run
+    assert run.objectives == {"siglip": SigLIP.Config(), "again": SigLIP.Config(weight=0.5)}
+
+
+def test_a_weight_may_be_points_of_a_line():
+    run = parsed("--objectives lm --objectives.lm.weight 0 0.0 100 1.0").run
+    assert run.objectives["lm"].weight == ((0, 0.0), (100, 1.0))
+
+
+def test_the_last_of_two_flags_wins_and_dicts_have_flags():
+    run = parsed("--stages.one.steps 5 --stages.one.optim.lr 1e-4 --stages.one.steps 99").run
+    assert run.stages["one"].steps == 99
+    assert run.stages["one"].optim.lr == 1e-4
+
+
+def test_a_model_is_chosen_before_its_flags_are_read():
+    run = parsed("--model open_clip:ViT-B-32 --model.pretrained there.safetensors").run
+    assert run.model == OpenClipConfig(name="ViT-B-32", pretrained="there.safetensors")
+
+
+def test_the_same_command_has_the_same_directory_whatever_its_budget():
+    one, more, other = (
+        parsed(line).out
+        for line in (
+            "--objectives itc",
+            "--objectives itc --stages.one.steps 7 --cadence.report 3",
+            "--objectives itc --seed 1",
+        )
+    )
+    assert one == more
+    assert one != other
+    assert one.parent.name == "runs"
+    assert one.name.startswith("itc-")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--objectives itc,lmm", "unknown objective 'lmm'; did you mean 'lm'"),
+        ("--objectives itc:heavy", "the weight in 'itc:heavy' is not a number"),
+        ("--objectives itc,itc", "names 'itc' twice"),
+        ("--objectives ,", "is not KIND"),
+        ("--recipe laptp", "unknown recipe 'laptp'; did you mean 'laptop'"),
+        ("--recipe laptop:tiny", "recipe laptop has no tiny"),
+        ("--recipe nowhere.py", "there is no recipe file nowhere.py"),
+        ("--recipe nowhere.yaml", "nowhere.yaml cannot be read"),
+        ("--model dua", "unknown model 'dua'; did you mean 'dual'"),
+        ("--model dual:large", "dual takes no name"),
+        ("--stages.one.batch 0", "--stages.one.batch is 0; it must be at least 1"),
+        ("--stages.one.steps -3", "--stages.one.steps is -3"),
+        ("--stages.one.batch 2 --stages.one.micro-batches 3", "too few samples for 3 micro-batches"),
+        ("--stages.one.optim.lr nan", "--stages.one.optim.lr is nan"),
+        ("--stages.one.optim.lr -1", "--stages.one.optim.lr is -1.0"),
+        ("--cadence.report 0", "--cadence.report is 0"),
+        ("--cadence.keep 1", "--cadence.keep must be at least 2"),
+        ("--loader-threads 0", "--loader-threads is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(line, sentence):
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")) as raised:
+        parsed(line)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [("--stages.one.stepz 3", "--stages.one.steps"), ("--loader-thread 1", "--loader-threads")],
+)
+def test_an_unknown_flag_ends_with_code_2_and_a_suggestion(line, right, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parsed(line)
+    assert raised.value.code == 2
+    assert right in capsys.readouterr().err
+
+
+def test_a_recipe_is_a_function_in_any_file(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from dataclasses import replace\n"
+        "from pretrain.recipes.laptop import recipe as base\n"
+        "def recipe():\n    return replace(base(), seed=11)\n"
+        "def small():\n    return replace(base(), seed=12)\n"
+    )
+    assert parsed(f"--recipe {mine}").run.seed == 11
+    assert parsed(f"--recipe {mine}:small --seed 13").run.seed == 13
+    assert parsed(f"--recipe {mine}").out.name.startswith("mine-")
+
+
+def test_run_yaml_gives_the_same_run(tmp_path):
+    line = "--objectives itc:2,again=siglip --objectives.itc.weight 0 0.0 9 1.0 --stages.one.batch 32"
+    run = parsed(line).run
+    path = tmp_path / "run.yaml"
+    path.write_text(runfile.dump(run))
+    assert runfile.load(path) == run
+    assert parsed(f"--recipe {path}").run == run
+    assert "kind: siglip" in path.read_text()
+    assert "!" not in path.read_text()
+
+
+def edited(tmp_path, before: str, after: str):
+    text = runfile.dump(laptop.recipe())
+    assert before in text
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace(before, after))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("seed: 0", "seeds: 0", "unknown key 'seeds'; did you mean 'seed'"),
+        ("seed: 0", "seed: zero", "seed: expected int, found 'zero'"),
+        ("kind: lm", "kind: lmm", "unknown objective 'lmm'"),
+        ("kind: dual", "kind: nothing", "unknown model 'nothing'"),
+        ("captions: one", "captions: few", "captions: expected"),
+        ("seed: 0", "seed: !!python/object/apply:os.getpid []", "cannot be read as a run"),
+        ("seed: 0", "seed: true", "seed: expected int, found True"),
+    ],
+)
+def test_a_run_yaml_with_a_mistake_names_it(tmp_path, before, after, sentence):
+    with pytest.raises(UserError, match=sentence) as raised:
+        runfile.load(edited(tmp_path, before, after))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,218 @@
+"""The program as a user runs it: train, stop, be killed, go on, and make mistakes."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from objectives.base import Pass
+from objectives.lm import LM
+from pretrain import checkpoint, finish, launch, loop
+from pretrain.evaluate.final import Result
+from pretrain.ledger import Ledger
+from pretrain.sinks import jsonl
+
+TINY = (
+    "--stages.one.batch 8 --stages.one.resolution 32 --stages.one.optim.warmup 2 --vocabulary 300 "
+    "--model.embed 16 --model.text.width 16 --model.text.layers 1 --model.captioner.width 16 "
+    "--model.captioner.layers 1 --cadence.report 2 --cadence.checkpoint 3 --loader-threads 1"
+)
+STEPS = 14
+
+
+def command(out: Path, more: str = "") -> list[str]:
+    return f"--objectives itc,lm --stages.one.steps {STEPS} {TINY} --out {out} {more}".split()
+
+
+def final_model(out: Path) -> bytes:
+    return (out / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_evaluation():
+    """The end of a run is judged elsewhere; here it would take longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "judge", lambda training: {"nothing": Result(value=0.0)})
+        patch.setattr(finish, "draw", lambda training: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert in_child(command(out)) == launch.DONE
+    return out
+
+
+def in_child(arguments: list[str], kill_after: float | None = None) -> int:
+    """Run in a fork of this process, which has imported everything already; -9 if it was killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            torch.set_num_threads(1)
+            code = launch.main(arguments)
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_run_leaves_what_the_readme_says(straight):
+    assert {path.name for path in straight.iterdir()} >= {
+        "run.yaml", "metrics.jsonl", "ledger", "checkpoints", "tokenizer.json",
+    }  # fmt: skip
+    records = list(jsonl.read(straight / "metrics.jsonl"))
+    assert [record["step"] for record in records] == [2, 3, 4, 6, 8, 9, 10, 12, 14, 14]
+    assert {"loss", "loss/itc", "loss/lm", "itc/accuracy", "samples", "gradient_norm", "lr"} <= set(
+        records[0]
+    )
+    assert records[-1]["val/nothing"] == 0.0
+    assert list(Ledger(straight / "ledger").final()) == list(range(1, STEPS + 1))
+    assert {path.name for path in (straight / "checkpoints").iterdir()} == {
+        "step-00000012", "step-00000014",
+    }  # fmt: skip
+
+
+def test_the_same_command_twice_says_it_is_finished(straight, capsys):
+    assert launch.main(command(straight)) == launch.DONE
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_run_yaml_repeats_the_run_to_the_bit(straight, tmp_path):
+    assert in_child(["--recipe", str(straight / "run.yaml"), "--out", str(tmp_path / "again")]) == launch.DONE
+    assert final_model(tmp_path / "again") == final_model(straight)
+
+
+def test_killed_at_ten_random_moments_the_run_ends_in_the_same_bits(straight, tmp_path):
+    """Each time with kill -9, wherever it is, and then the same command again."""
+    out, moments = tmp_path / "run", random.Random(0)
+    killed = 0
+    while killed < 10:
+        begun = time.monotonic()
+        code = in_child(command(out), kill_after=moments.uniform(0.05, 0.6))
+        killed += code == -signal.SIGKILL
+        if code == launch.DONE:  # it was too fast: once more from the start
+            assert final_model(out) == final_model(straight)
+            out = tmp_path / f"run-{begun}"
+    assert in_child(command(out)) == launch.DONE
+    assert final_model(out) == final_model(straight)
+    assert Ledger(out / "ledger").final() == Ledger(straight / "ledger").final()
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_killed_inside_a_save_the_run_ends_in_the_same_bits(straight, tmp_path, monkeypatch, moment):
+    out, real, calls = tmp_path / "run", os.fsync, 0
+
+    def die(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    if moment == "fsync":
+        monkeypatch.setattr(checkpoint.os, "fsync", die)
+    else:
+        monkeypatch.setattr(Path, "replace", lambda self, target: os.kill(os.getpid(), signal.SIGKILL))
+    assert in_child(command(out)) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert in_child(command(out)) == launch.DONE
+    assert final_model(out) == final_model(straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypatch, capsys, number):
+    out, real = tmp_path / "run", loop.train_step
+
+    def signalled(*arguments, **named):
+        if named["seed"][1] == 7:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    assert launch.main(command(out)) == launch.INTERRUPTED
+    said = capsys.readouterr().out
+    assert f"{number.name} asked to stop: step 8 is saved" in said
+    assert "the same command goes on from there" in said
+    monkeypatch.setattr(loop, "train_step", real)
+    assert launch.main(command(out)) == launch.DONE
+    assert "from step 8" in capsys.readouterr().out
+    assert final_model(out) == final_model(straight)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_path, capsys, monkeypatch):
+    out, real = tmp_path / "run", loop.train_step
+
+    def interrupted(*arguments, **named):
+        if named["seed"][1] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    assert launch.main(command(out)) == launch.INTERRUPTED
+    monkeypatch.setattr(loop, "train_step", real)
+    newest = out / "checkpoints" / "step-00000008" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert launch.main(command(out)) == launch.DONE
+    said = capsys.readouterr().out
+    assert "checkpoint step-00000008 is damaged" in said
+    assert "from step 6" in said
+    assert final_model(out) == final_model(straight)
+
+
+def test_another_run_is_refused_and_the_difference_named(straight, capsys):
+    assert launch.main(command(straight, "--seed 5")) == launch.USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "belongs to another run, which differs in seed (0 there, 5 here)" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--data /nowhere/*.tar", "/nowhere"),
+        ("--data /dev/null", "/dev/null"),
+        ("--model.image timm:vit_tiny_patch16_22", "did you mean"),
+        ("--model.image resnet", "write small, timm:NAME or open_clip:NAME"),
+        ("--model.text.heads 3", "heads"),
+        ("--out /proc/nothing", "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_code_2(tmp_path, capsys, more, sentence):
+    assert launch.main(command(tmp_path / "run", more)) == launch.USER_ERROR
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_an_objective_that_the_source_or_the_model_cannot_serve_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LM, "needs", frozenset({"image", "text", "sound"}))
+    assert launch.main(command(tmp_path / "a")) == launch.USER_ERROR
+    assert "objective 'lm' needs sound, which scenes does not hold" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(LM, "passes", (Pass("image_tokens", image="masked", text="none"),))
+    assert launch.main(command(tmp_path / "b")) == launch.USER_ERROR
+    assert "which this model cannot give" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
+    assert launch.main(command(tmp_path / "run", "--stages.one.optim.lr 1e30")) == launch.USER_ERROR
+    assert "lower --stages.one.optim.lr" in capsys.readouterr().err
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert json.loads((path / "state.json").read_text())["step"] < 6

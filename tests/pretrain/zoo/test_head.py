@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.zoo import head as module
+from pretrain.zoo.head import VocabularyHead
+
+
+def make(dtype=torch.float64, *, M=37, width=8, vocabulary=11):
+    generator = torch.Generator().manual_seed(0)
+    head = VocabularyHead(vocabulary=vocabulary, width=width).to(dtype)
+    torch.nn.init.normal_(head.weight, generator=generator)
+    states = torch.randn(M, width, dtype=dtype, generator=generator).requires_grad_()
+    return head, states, torch.randint(vocabulary, (M,), generator=generator)
+
+
+def reference(head, states, targets, smoothing):
+    logits = states @ head.weight.T
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum"), logits
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("rows", [1, 5, 37, 1000])
+def test_loss_and_gradients_are_those_of_cross_entropy(smoothing, rows, monkeypatch):
+    head, states, targets = make()
+    monkeypatch.setattr(module, "_CHUNK", rows * 11)
+    expected, logits = reference(head, states, targets, smoothing)
+    wanted = torch.autograd.grad(3 * expected, (states, head.weight))
+    loss, hits = head.loss(states, targets, smoothing=smoothing)
+    found = torch.autograd.grad(3 * loss, (states, head.weight))
+    assert loss.shape == hits.shape == ()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0, check_dtype=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert hits == (logits.argmax(1) == targets).sum()
+    assert not hits.requires_grad
+
+
+def test_no_logits_of_the_whole_batch_exist(monkeypatch):
+    head, states, targets = make(M=64, width=3)
+    monkeypatch.setattr(module, "_CHUNK", 4 * 11)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[-1] == 11:
+                largest = max(largest, out.shape[0])
+            return out
+
+    with Watch():
+        head.loss(states, targets, smoothing=0.1)[0].backward()
+    assert largest == 4
+
+
+def test_nothing_to_score_costs_nothing():
+    head, states, targets = make(M=0)
+    loss, hits = head.loss(states, targets, smoothing=0.1)
+    (d_weight,) = torch.autograd.grad(loss, head.weight)
+    assert loss == 0
+    assert hits == 0
+    assert d_weight.abs().max() == 0
+
+
+def test_under_autocast_the_softmax_stays_float32():
+    head, states, targets = make(torch.float32, M=200)
+    exact, _ = reference(head, states, targets, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = head.loss(states, targets, smoothing=0.1)
+        assert head.logits(states).dtype == torch.float32
+    gradients = torch.autograd.grad(loss, (states, head.weight))
+    assert loss.dtype == gradients[0].dtype == gradients[1].dtype == torch.float32
+    low = states.bfloat16().float() @ head.weight.bfloat16().float().T  # what bfloat16 products can know
+    near = F.cross_entropy(low.bfloat16().float(), targets, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(loss, near, rtol=1e-5, atol=0)
+    assert abs(loss - exact) / exact < 5e-3
+
+
+def test_without_gradient_none_is_computed():
+    head, states, targets = make()
+    with torch.no_grad():
+        loss, hits = head.loss(states, targets, smoothing=0.0)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference(head, states, targets, 0.0)[0].detach())
+    assert 0 <= hits <= 37
+
+
+def test_logits_keep_float64():
+    head, states, _ = make()
+    assert torch.equal(head.logits(states), states @ head.weight.T)

@@ -6,6 +6,7 @@ B images, N texts, T tokens of the longest text in this batch, H W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ class Batch:
     @property
     def pair_valid(self) -> Tensor:
         """(N,) bool: texts that stand beside a readable image of their own."""
-        has_image = self.image_index >= 0
-        return self.text_valid & has_image & self.image_valid[self.image_index.clamp(min=0)]
+        # Index -1, no image, finds the False at the end; so does any text of a batch without images.
+        readable = torch.cat([self.image_valid, self.image_valid.new_zeros(1)])
+        return self.text_valid & readable[self.image_index]
 
     @property
     def token_mask(self) -> Tensor:
@@ -51,9 +53,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; host memory is read asynchronously where it is pinned."""
-        moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         return Batch(**moved)

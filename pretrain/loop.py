@@ -75,7 +75,7 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 if agreed.stop:
                     save(training)
                     return "interrupted"
-                _name_masked(training, portion.masked, agreed)
+                _name_masked(training, portion.masked, agreed, stretch)
                 _one_step(training, stretch, step, portion.batches, agreed)
 
                 # Once in a while.
@@ -184,8 +184,12 @@ def save(training: Training) -> None:
     training.ranks.wait()
 
 
-def _name_masked(training: Training, masked: Sequence[Masked], agreed: Agreed) -> None:
-    """Say once of each sample that cannot be read which one it is and why."""
+def _name_masked(training: Training, masked: Sequence[Masked], agreed: Agreed, stretch: Stretch) -> None:
+    """Say once of each sample that cannot be read which one it is and why.
+
+    Raises:
+        UserError: not one sample of the step can be read; that is no matter of bad samples.
+    """
     if agreed.masked == 0:
         return
     everyone: list[list[tuple[str, str]]] = [[(one.key, one.reason) for one in masked]]
@@ -197,6 +201,9 @@ def _name_masked(training: Training, masked: Sequence[Masked], agreed: Agreed) -
         if key not in training.named:
             training.named.add(key)
             training.sink.note(f"masked sample {key}: {reason}")
+    if agreed.masked == stretch.stage.batch:
+        key, reason = next(pair for each in everyone for pair in each)
+        raise UserError(f"not one sample of a whole batch can be read ({key}: {reason}): check --data")
 
 
 def _sample_ids(batches: Sequence[Batch], ranks: Ranks) -> Tensor:

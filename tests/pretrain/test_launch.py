@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -149,6 +151,41 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeyp
     assert launch.main(command(out)) == launch.DONE
     assert "from step 8" in capsys.readouterr().out
     assert final_model(out) == final_model(straight)
+
+
+def test_two_ranks_see_the_samples_of_one_and_go_on_where_they_stopped(straight, tmp_path):
+    """Under torchrun: the same ordered samples per step, the same losses but for rounding."""
+    out = tmp_path / "run"
+    program = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pretrain.launch",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for steps in (9, STEPS):  # the second start goes on from a checkpoint
+        arguments = [*command(out), "--stages.one.steps", str(steps)]
+        result = subprocess.run(
+            [sys.executable, *program, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+    assert "from step 9" in result.stdout
+    lines = {rank: Ledger(path / "ledger").final() for rank, path in ((1, straight), (2, out))}
+    for step in range(1, STEPS + 1):
+        one, two = lines[1][step].split(), lines[2][step].split()
+        assert one[2] == two[2], "the samples"
+        assert (one[1], two[1]) == ("1", "2"), "the ranks"
+    losses = [
+        [record.get("loss") for record in jsonl.read(path / "metrics.jsonl")] for path in (straight, out)
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from objectives import kind_of, objective_class
 from objectives.base import Objective, Widths
 from pretrain.config import Run
 from pretrain.distributed import Ranks
+from pretrain.precision import choose_attention
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 from pretrain.zoo.dual import Dual
@@ -80,6 +81,7 @@ def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer
     }
     pretrainer = Pretrainer(model, objectives, ranks.group)
     drop_unread(model, objectives)
+    choose_attention(model, ranks.device)
     return pretrainer.to(ranks.device)
 
 

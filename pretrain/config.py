@@ -92,6 +92,8 @@ class Run:
         Raises:
             UserError: one sentence that names the flag.
         """
+        if not self.data:
+            raise UserError("this recipe names no data: --data scenes, or --data 'shards/*.tar'")
         if not self.objectives:
             raise UserError("a run needs at least one objective: --objectives itc,lm")
         if not self.stages:

@@ -25,7 +25,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.finish import finish, is_finished
 from pretrain.ledger import Ledger
-from pretrain.loop import Training, train
+from pretrain.loop import Training, rehearsal, train
 from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
@@ -35,6 +35,7 @@ from pretrain.sinks import Fanout
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines
 from pretrain.state import Standing, restore
+from pretrain.threads import settle_threads
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -70,6 +71,9 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
         training = build(command, curriculum, source, rundir, ranks, stack)
+        measured = ranks.group is None and ranks.device.type == "cpu"
+        step = rehearsal(training) if measured else None
+        settle_threads(run.precision.threads, kept=rundir.threads, step=step)
         if train(training, preemption) == "interrupted":
             training.sink.note(
                 f"{preemption.requested or 'another rank'} asked to stop: step {training.standing.step} is "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 from pretrain.sinks import Sink
 from pretrain.state import Standing, capture
-from pretrain.step import Agreed, StepReport, Wrapped, agree, train_step
+from pretrain.step import Agreed, StepReport, Wrapped, agree, backward, train_step
 
 
 @dataclass(kw_only=True)
@@ -85,6 +86,25 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 if done % training.run.cadence.checkpoint == 0 or done == training.curriculum.steps:
                     save(training)
     return "finished"
+
+
+def rehearsal(training: Training) -> Callable[[], None]:
+    """A forward and backward of the first stage's first batch that changes nothing, for measuring."""
+    stretch = training.curriculum.stretches[0]
+
+    @cache
+    def first_batches() -> list[Batch]:
+        (portion,) = _loader(training, stretch).steps(0, 1, position=stretch.position)
+        return [batch.to(training.ranks.device) for batch in portion.batches]
+
+    def step() -> None:
+        batches = first_batches()
+        counts = agree(training.wrapped, batches, training.ranks, stop=False, masked=0).counts
+        factors = {name: 1.0 / count.clamp(min=1) for name, count in counts.items()}
+        backward(training.wrapped, batches, factors, compute=training.compute, seed=(training.run.seed,))
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def _loader(training: Training, stretch: Stretch) -> Loader:

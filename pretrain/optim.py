@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from datasets.errors import UserError
+from pretrain.zoo.head import VocabularyHead
+
+_POSITIONS = ("positional_embedding", "pos_embed", "cls_token", "position", "latent")
+"""How open_clip, timm and we call parameters that stand for places rather than map anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay to zero over the stage."""
+    """Optimizer with linear warm-up and cosine decay to zero over the stage."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon (orthogonalised momentum) for matrices beside AdamW for the rest; that of the first
+    stage holds for the whole run."""
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: int = 100
     """Steps from zero to the peak."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the moments (CLIP's for a ViT)."""
+    """Decay of AdamW's moments (CLIP's for a ViT)."""
     eps: float = 1e-6
-    """AdamW's epsilon (CLIP's for a ViT)."""
+    """Least divisor of an update (CLIP's for a ViT)."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors, embeddings of positions and temperatures have none."""
     clip: float = 1.0
@@ -51,26 +59,41 @@ class Optim:
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over what trains, in two groups: matrices, which decay, and the rest.
+def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer over what trains, in three groups.
 
-    Positions are told apart from matrices by what they are called in open_clip and timm.
+    Matrices decay, and are what Muon turns into orthogonal updates. Tables of token embeddings decay too,
+    but their rows are looked up, not multiplied, and stay with AdamW, as do the vectors, positions and
+    temperatures, which do not decay. Muon is timm's, at AdamW's scale of learning rates.
     """
-    decays: list[nn.Parameter] = []
-    stays: list[nn.Parameter] = []
+    looked_up = {
+        id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | VocabularyHead)
+    }
+    matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("positional_embedding", "pos_embed", "cls_token"))
-            (stays if plain else decays).append(parameter)
-    groups = [{"params": decays, "weight_decay": optim.weight_decay}, {"params": stays, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or name.endswith(_POSITIONS):
+            plain.append(parameter)
+        else:
+            (tables if id(parameter) in looked_up else matrices).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "decays": True},
+        {"params": tables, "decays": True, "use_fallback": True},
+        {"params": plain, "decays": False, "use_fallback": True},
+    ]
+    if optim.kind == "muon":
+        from timm.optim.muon import Muon
+
+        return Muon(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, optim: Optim, *, step: int, steps: int) -> float:
-    """Give every group what the stage says about this step; returns the learning rate."""
-    rate = optim.lr_at(step, steps)
-    for place, group in enumerate(optimizer.param_groups):
-        group["lr"] = rate
+def set_rate(optimizer: torch.optim.Optimizer, optim: Optim, *, step: int, steps: int) -> None:
+    """Give every group what the stage says about this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = optim.lr_at(step, steps)
         group["betas"], group["eps"] = optim.betas, optim.eps
-        group["weight_decay"] = optim.weight_decay if place == 0 else 0.0
-    return rate
+        group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -18,7 +19,7 @@ class Precision:
     autocast: Literal["auto", "bf16", "off"] = "auto"
     """bf16 autocast: auto takes it where the hardware multiplies bfloat16 natively."""
     threads: int = 0
-    """Intra-op CPU threads of this process; 0 leaves torch's own choice."""
+    """Intra-op CPU threads of this process; 0 takes what is faster for this model and batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,19 @@ class Compute:
             yield
 
 
+def choose_attention(module: nn.Module, device: torch.device) -> None:
+    """Let timm's attention spell out its products on a CPU.
+
+    There, the fused kernel's bfloat16 backward is several times slower than two matmuls and a softmax; what
+    goes through torch's own function is caught by `Compute.forward`.
+    """
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            setattr(part, "fused_attn", device.type != "cpu")  # noqa: B010  (timm declares it per class)
+
+
 def compute_for(precision: Precision, device: torch.device) -> Compute:
-    """Resolve `auto` for this machine, and set the CPU's threads and its fast float32 path."""
-    if precision.threads:
-        torch.set_num_threads(precision.threads)
+    """Resolve `auto` for this machine, and choose the CPU's fast float32 path."""
     if device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if not torch.cpu._is_amx_tile_supported():

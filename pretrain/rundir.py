@@ -3,7 +3,7 @@
 RUN_DIR/
     run.yaml        the resolved run; its first line is a comment with the identity
     lock            held, with the process's id inside, while it trains
-    metrics.jsonl   ledger   tokenizer.json   plots/   checkpoints/
+    metrics.jsonl   ledger   tokenizer.json   threads   plots/   checkpoints/
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class RunDir:
     def ledger(self) -> Path:
         """One line per step."""
         return self.root / "ledger"
+
+    @property
+    def threads(self) -> Path:
+        """The number of CPU threads that this run was found to be fastest with."""
+        return self.root / "threads"
 
     @property
     def tokenizer(self) -> Path:

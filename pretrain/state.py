@@ -60,6 +60,7 @@ def capture(pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> Tensors
         f"{name}.{key}": value
         for name, parameter in pretrainer.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
     return {"model": pretrainer.state_dict(), "optimizer": moments}
 

@@ -67,7 +67,7 @@ def train_step(
     factors = {name: weights[name] * ranks.world / count.clamp(min=1) for name, count in counts.items()}
     sums = backward(wrapped, batches, factors, compute=compute, seed=(*seed, ranks.rank))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf, foreach=True)
     optimizer.step()
     pretrainer.clamp()
     return StepReport(values=_means(sums, counts, weights, ranks), norm=norm)

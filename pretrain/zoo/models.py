@@ -36,11 +36,11 @@ class ModelConfig:
 class SmallText:
     """Sizes of a causal text tower built by open_clip."""
 
-    width: int = 128
+    width: int = 64
     """Width of the tokens."""
     layers: int = 2
     """Transformer blocks."""
-    heads: int = 4
+    heads: int = 2
     """Attention heads; they divide the width."""
     context_length: int = 64
     """The longest caption in tokens; longer ones lose their last words."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.errors import UserError
+from pretrain.zoo.stem import Stem
 from pretrain.zoo.towers import Encoded, ImageTower
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ class Small:
     """Side of a patch in pixels."""
     width: int = 128
     """Width of the tokens."""
-    depth: int = 3
-    """Transformer blocks."""
+    depth: int = 1
+    """Transformer blocks behind the convolutional stem, where most of the seeing is done."""
     heads: int = 4
     """Attention heads."""
-    pool: str = "map"
-    """How timm pools the tokens: `map` (one attention query) or `avg`."""
+    hidden: float = 2.0
+    """Width of the feed-forward layers, in units of the tokens'."""
 
 
 class PixelTower(ImageTower):
@@ -180,8 +181,11 @@ def build_small(config: Small, *, resolution: int) -> TimmTower:
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
+        mlp_ratio=config.hidden,
+        act_layer=nn.ReLU,
+        embed_layer=Stem,
         class_token=False,
-        global_pool=cast(Any, config.pool),
+        global_pool="map",
         num_classes=0,
         dynamic_img_size=True,
     )

@@ -133,15 +133,6 @@ def test_loaded_tensors_outlive_the_files_and_saved_ones_are_untouched(tmp_path)
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_tensors_on_a_device_come_back_in_host_memory(tmp_path):
-    weight = torch.randn(4, 3, device="cuda").t()
-    path = checkpoint.save(tmp_path, 1, {"model": {"weight": weight}}, {})
-    loaded = checkpoint.Checkpoint(path, 1).load().tensors["model"]["weight"]
-    assert loaded.device.type == "cpu"
-    assert same(loaded, weight)
-
-
 def test_nothing_there_is_no_checkpoint(tmp_path):
     assert find(tmp_path / "missing") == (None, [])
     assert find(tmp_path) == (None, [])

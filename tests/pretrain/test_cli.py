@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from datasets.errors import UserError
@@ -61,6 +63,7 @@ def test_the_same_command_has_the_same_directory_whatever_its_budget():
         ("--objectives itc,itc", "names 'itc' twice"),
         ("--objectives ,", "is not KIND"),
         ("--recipe laptp", "unknown recipe 'laptp'; did you mean 'laptop'"),
+        ("--recipe clip", "this recipe names no data"),
         ("--recipe laptop:tiny", "recipe laptop has no tiny"),
         ("--recipe nowhere.py", "there is no recipe file nowhere.py"),
         ("--recipe nowhere.yaml", "nowhere.yaml cannot be read"),
@@ -141,3 +144,13 @@ def test_a_run_yaml_with_a_mistake_names_it(tmp_path, before, after, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
         runfile.load(edited(tmp_path, before, after))
     assert "\n" not in str(raised.value)
+
+
+def test_every_recipe_is_a_run():
+    folder = Path(cli.__file__).parent / "recipes"
+    names = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    assert {"clip", "laptop"} <= set(names)
+    for name in names:
+        assert parsed(f"--recipe {name} --data scenes").out.name.startswith(name)
+    assert parsed("--recipe clip --data x.tar").run.stages["one"].batch == 32_768
+    assert list(parsed("--recipe clip:small").run.objectives) == ["itc"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.captioner import Captioner, _attend
 
 CONFIG = Captioner.Config(width=16, layers=2, heads=2)
 
@@ -91,6 +91,15 @@ def test_a_block_is_its_formula(captioner, inputs):
     y = y + block.down(F.gelu(block.up(block.norm(y))))
     found, _ = block(x, cross=block.look(seen), past=None)
     torch.testing.assert_close(found, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_that_of_the_fused_kernel(causal):
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(3, 2, 7, 8, dtype=torch.float64, generator=generator) for _ in range(3)]
+    query, key, value = parts
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    torch.testing.assert_close(_attend(query, key, value, causal=causal), expected, rtol=0, atol=1e-12)
 
 
 def test_every_parameter_learns(captioner, inputs):

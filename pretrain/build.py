@@ -24,11 +24,17 @@ _CAPTIONS_FOR_TOKENIZER = 20_000
 
 
 def check_fed(run: Run, source: Source) -> None:
-    """Refuse an objective that needs what the data does not hold.
+    """Refuse data that hold too little: too few samples, or not what an objective needs.
 
     Raises:
-        UserError: names the objective, what it needs, and what there is.
+        UserError: names what there is and what is missing.
     """
+    largest = max(stage.batch for stage in run.stages.values())
+    if source.size is not None and source.size < largest:
+        raise UserError(
+            f"{source.name} has {source.size} samples, too few for one batch of {largest}: "
+            "choose a smaller batch or more data"
+        )
     for name, config in run.objectives.items():
         missing = objective_class(kind_of(config)).needs - source.fields
         if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datasets.sources import open_source
 from pretrain.curriculum import Curriculum
 from pretrain.evaluate.final import Results, judge_pairs, judge_scenes, table
 from pretrain.evaluate.judge import Judge
@@ -11,26 +10,22 @@ from pretrain.rundir import RunDir
 from pretrain.sinks import plots
 from pretrain.sinks.jsonl import read
 
-_PREFIX = "val/"
-
 
 def is_finished(rundir: RunDir, curriculum: Curriculum) -> bool:
     """Whether this run was trained to its last step and judged."""
     if not rundir.metrics.exists():
         return False
-    return any(
-        record["step"] == curriculum.steps and any(name.startswith(_PREFIX) for name in record)
-        for record in read(rundir.metrics)
-    )
+    return any(record["step"] == curriculum.steps and "finished" in record for record in read(rundir.metrics))
 
 
 def finish(training: Training) -> None:
     """Judge the trained model on rank zero and write what was found."""
     if training.ranks.zero:
         results = judge(training)
-        values = {f"{_PREFIX}{name}": result.value for name, result in results.items()}
-        training.sink.step(training.standing.step, {"samples": training.standing.position, **values})
-        for line in ["", *table(results), ""]:
+        values = {f"val/{name}": result.value for name, result in results.items()}
+        samples = training.standing.position
+        training.sink.step(training.standing.step, {"samples": samples, "finished": 1.0, **values})
+        for line in ["", *table(results), ""] if results else ["there is no --val to judge the model on"]:
             training.sink.note(line)
         draw(training)
     training.ranks.wait()
@@ -52,7 +47,6 @@ def judge(training: Training) -> Results:
     results: Results = {}
     if run.data == "scenes" and not run.val:
         results |= judge_scenes(judge, resolution=resolution)
-    elif run.val and judge.model.text is not None:
-        source = open_source(run.val, seed=run.seed, split="test", augment=run.augment)
-        results |= judge_pairs(judge, source, resolution=resolution)
+    elif training.val is not None and judge.model.text is not None:
+        results |= judge_pairs(judge, training.val, resolution=resolution)
     return results

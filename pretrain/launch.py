@@ -63,6 +63,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     run, curriculum = command.run, Curriculum(command.run.stages)
     with ExitStack() as stack:
         source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
+        val = open_source(run.val, seed=run.seed, split="test", augment=run.augment) if run.val else None
         check_fed(run, source)
         rundir = RunDir(command.out)
         ranks.on_zero(lambda: _claim(command, stack))
@@ -70,7 +71,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
             if ranks.zero:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
-        training = build(command, curriculum, source, rundir, ranks, stack)
+        training = build(command, curriculum, source, val, rundir, ranks, stack)
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None
         settle_threads(run.precision.threads, kept=rundir.threads, step=step)
@@ -85,7 +86,13 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
 
 
 def build(
-    command: Command, curriculum: Curriculum, source: Source, rundir: RunDir, ranks: Ranks, stack: ExitStack
+    command: Command,
+    curriculum: Curriculum,
+    source: Source,
+    val: Source | None,
+    rundir: RunDir,
+    ranks: Ranks,
+    stack: ExitStack,
 ) -> Training:
     """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
     run = command.run
@@ -115,6 +122,7 @@ def build(
     return Training(
         run=run,
         source=source,
+        val=val,
         tokenizer=tokenizer,
         pretrainer=pretrainer,
         wrapped=wrap(pretrainer, ranks),

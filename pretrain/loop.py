@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from statistics import mean
 from typing import Literal
 
 import torch
@@ -43,6 +44,8 @@ class Training:
 
     run: Run
     source: Source
+    val: Source | None
+    """What the finished model is judged on, where it is not the built-in scenes."""
     tokenizer: Tokenizer
     pretrainer: Pretrainer
     wrapped: Wrapped
@@ -151,7 +154,7 @@ def _one_step(
 
 
 def report(training: Training, stretch: Stretch) -> None:
-    """Read the pending numbers from the device, write the ledger, and tell the sinks about the last step.
+    """Read the pending numbers from the device, write the ledger, and tell the sinks their mean.
 
     Raises:
         UserError: a loss or gradient norm is not finite; nothing of it was saved.
@@ -176,8 +179,8 @@ def report(training: Training, stretch: Stretch) -> None:
         step,
         {
             "samples": training.standing.position,
-            **{name: float(value) for name, value in done.values.items()},
-            "gradient_norm": float(done.norm),
+            **{name: mean(float(each.values[name]) for _, _, each in pending) for name in done.values},
+            "gradient_norm": mean(float(each.norm) for _, _, each in pending),
             "lr": training.optimizer.param_groups[0]["lr"],
             "logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
             "masked": training.standing.masked,

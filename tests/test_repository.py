@@ -2,14 +2,25 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import objectives
+from objectives.base import Widths
+from pretrain import runfile
+from pretrain.cli import parse
+from pretrain.pretrainer import Pretrainer
+from pretrain.testing import TinyImage, TinyText, make_samples, merge
+from pretrain.zoo.dual import Dual
+
 ROOT = Path(__file__).resolve().parent.parent
+TINY_WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
 ARROW = ["datasets", "objectives", "pretrain", "slurm"]
 OURS = sorted(path for folder in [*ARROW, "tests", "benchmarks"] for path in (ROOT / folder).rglob("*.py"))
 
@@ -113,11 +124,47 @@ def launches() -> list[str]:
 
 @pytest.mark.parametrize("arguments", launches())
 def test_every_launch_in_the_readme_is_a_run(arguments):
-    import shlex
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as raised:
+            parse(shlex.split(arguments))
+        assert raised.value.code == 0
+    else:
+        parse(shlex.split(arguments))
 
-    from pretrain.cli import parse
 
-    parse(shlex.split(arguments))
+def python_block(beginning: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    return next(block for block in blocks if beginning in block)
+
+
+def test_the_recipe_in_the_readme_is_a_recipe(tmp_path):
+    (tmp_path / "mine.py").write_text(python_block("def recipe"))
+    assert parse(["--recipe", str(tmp_path / "mine.py")]).run.seed == 1
+
+
+def test_the_objective_in_the_readme_is_an_objective(tmp_path, monkeypatch):
+    """One file and one line in the table: it is chosen, weighted, written to run.yaml and trained."""
+    header = (ROOT / "objectives" / "siglip.py").read_text().partition("\ndef ")[0]
+    (tmp_path / "agreement.py").write_text(f"{header}\n\n{python_block('class Agreement')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(objectives.OBJECTIVES, "agreement", "agreement.Agreement")
+    run = parse(["--objectives", "agreement:0.1", "--objectives.agreement.weight", "0.2"]).run
+    (tmp_path / "run.yaml").write_text(runfile.dump(run))
+    assert runfile.load(tmp_path / "run.yaml") == run
+
+    objective = objectives.objective_class("agreement")(run.objectives["agreement"], TINY_WIDTHS)
+    model = Dual(
+        image=TinyImage(),
+        text=TinyText(),
+        captioner=None,
+        logit_scale=torch.zeros(1),
+        logit_bias=None,
+    )
+    batch = merge(make_samples(9))
+    one = {"agreement": torch.tensor(1.0)}
+    outcome = Pretrainer(model, {"agreement": objective})(batch, phase="whole", factors=one)
+    outcome.total.backward()
+    assert 0 < outcome.total.item() < 4 * objective.denominator(batch).item()
 
 
 def test_the_readme_begins_with_the_two_commands_and_ci_runs_the_second():

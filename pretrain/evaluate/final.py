@@ -43,11 +43,9 @@ def judge_scenes(judge: Judge, *, resolution: int) -> Results:
         results |= judge_pairs(judge, pairs, resolution=resolution)
     if judge.model.captioner is not None:
         results |= {
-            "captions exact, 1 object": _scenes_captions(judge, resolution, 1, "seen"),
-            "captions exact, 2 objects": _scenes_captions(judge, resolution, 2, "seen"),
-            "captions exact, 1 object of an unseen combination": _scenes_captions(
-                judge, resolution, 1, "unseen"
-            ),
+            "exact_captions_1_object": _scenes_captions(judge, resolution, 1, "seen"),
+            "exact_captions_2_objects": _scenes_captions(judge, resolution, 2, "seen"),
+            "exact_captions_1_unseen_object": _scenes_captions(judge, resolution, 1, "unseen"),
         }
     return results
 
@@ -58,9 +56,7 @@ def judge_pairs(judge: Judge, source: Source, *, resolution: int) -> Results:
     batches = evaluation_batches(source, judge.tokenizer, batch=_BATCH, resolution=resolution)
     found = retrieval(judge, batches)
     return {
-        f"recall {name.replace('_', ' ')}": Result(
-            value=value, chance=min(1.0, int(name.rpartition("@")[2]) / source.size)
-        )
+        name: Result(value=value, chance=min(1.0, int(name.rpartition("@")[2]) / source.size))
         for name, value in found.items()
     }
 
@@ -73,8 +69,8 @@ def _scenes_zero_shot(judge: Judge, resolution: int) -> Results:
     labels = torch.tensor([scenes.label(index) for index in range(count)])
     chance = 1 / len(COMBINATIONS)
     return {
-        "zero-shot top-1, seen combinations": Result(value=top1(predicted, labels, SEEN), chance=chance),
-        "zero-shot top-1, unseen combinations": Result(value=top1(predicted, labels, UNSEEN), chance=chance),
+        "zero_shot_seen_combinations": Result(value=top1(predicted, labels, SEEN), chance=chance),
+        "zero_shot_unseen_combinations": Result(value=top1(predicted, labels, UNSEEN), chance=chance),
     }
 
 

@@ -54,13 +54,13 @@ def recalls(images: Tensor, texts: Tensor, *, owner: Tensor, text_id: Tensor) ->
     has_text = says.any(1)
     values: dict[str, float] = {}
     values |= _recall(
-        "image_to_text",
+        "image_to_text_recall",
         images[has_text],
         texts,
         lambda rows, answers: says[has_text][rows[:, None], caption[answers]],
     )
     values |= _recall(
-        "text_to_image", texts, images, lambda rows, answers: says[answers, caption[rows][:, None]]
+        "text_to_image_recall", texts, images, lambda rows, answers: says[answers, caption[rows][:, None]]
     )
     return values
 

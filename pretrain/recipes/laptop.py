@@ -13,6 +13,6 @@ def recipe() -> Run:
     return Run(
         model=DualConfig(),
         objectives={"itc": ITC.Config(), "lm": LM.Config()},
-        stages={"one": Stage(steps=1_500, batch=64, resolution=64, optim=optim)},
+        stages={"one": Stage(steps=1_250, batch=64, resolution=64, optim=optim)},
         cadence=Cadence(report=50, checkpoint=500),
     )

@@ -7,7 +7,7 @@ Values are plain floats by name; these names mean something to the sinks, all ot
     loss/NAME               the loss of objective NAME, before its weight
     samples_per_second, data_wait (share, 0..1), seconds_left       from `pretrain.clock`
 
-Anything else is KIND/NAME, e.g. `itc/accuracy`, `val/image_recall@1`, or a single word, e.g. `lr`.
+Anything else is KIND/NAME, e.g. `itc/accuracy`, `val/image_to_text_recall@1`, or a single word, e.g. `lr`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def draw(metrics: Path, folder: Path) -> list[Path]:
         "metrics": {
             name: points
             for name, points in series.items()
-            if name not in _NOT_DRAWN and name != "loss" and not name.startswith("loss/")
+            if name not in _NOT_DRAWN
+            and name != "loss"
+            and not name.startswith("loss/")
+            and len(points[0]) > 1
         },
     }
     folder.mkdir(parents=True, exist_ok=True)

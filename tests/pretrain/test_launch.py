@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.scenes import Scenes
 from objectives.base import Pass
 from objectives.lm import LM
 from pretrain import checkpoint, finish, launch, loop
@@ -209,6 +210,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_
     assert "checkpoint step-00000008 is damaged" in said
     assert "from step 6" in said
     assert final_model(out) == final_model(straight)
+
+
+def test_a_run_without_anything_to_judge_ends_well(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finish, "judge", lambda training: {})
+    for _ in range(2):
+        assert launch.main(command(tmp_path / "run", "--stages.one.steps 2")) == launch.DONE
+    said = capsys.readouterr().out
+    assert "there is no --val to judge the model on" in said
+    assert "is finished" in said
+
+
+def test_too_little_data_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    scenes = Scenes(size=5)
+    monkeypatch.setattr(launch, "open_source", lambda *_, **__: scenes)
+    assert launch.main(command(tmp_path / "run")) == launch.USER_ERROR
+    assert "scenes has 5 samples, too few for one batch of 8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_refused_and_the_difference_named(straight, capsys):

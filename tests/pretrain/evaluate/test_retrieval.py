@@ -27,9 +27,9 @@ def test_recall_is_the_hit_rate_of_torchmetrics(per_image):
         to_text.update(similarity.flatten(), right.flatten(), indexes=queries.flatten())
         queries = torch.arange(len(text))[:, None].expand_as(similarity.T)
         to_image.update(similarity.T.flatten(), right.T.flatten(), indexes=queries.flatten())
-        assert found[f"image_to_text@{k}"] == pytest.approx(to_text.compute().item())
-        assert found[f"text_to_image@{k}"] == pytest.approx(to_image.compute().item())
-    assert 0.05 < found["text_to_image@1"] < 0.95
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(to_text.compute().item())
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image.compute().item())
+    assert 0.05 < found["text_to_image_recall@1"] < 0.95
 
 
 def test_an_equal_caption_of_another_image_is_a_right_answer():
@@ -37,6 +37,6 @@ def test_an_equal_caption_of_another_image_is_a_right_answer():
     text = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # 0 and 1 are swapped
     different = recalls(image, text, owner=torch.arange(3), text_id=torch.tensor([1, 2, 3]))
     equal = recalls(image, text, owner=torch.arange(3), text_id=torch.tensor([1, 1, 3]))
-    assert different["image_to_text@1"] == pytest.approx(1 / 3)
-    assert equal["image_to_text@1"] == 1.0
-    assert equal["text_to_image@1"] == 1.0
+    assert different["image_to_text_recall@1"] == pytest.approx(1 / 3)
+    assert equal["image_to_text_recall@1"] == 1.0
+    assert equal["text_to_image_recall@1"] == 1.0

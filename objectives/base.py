@@ -5,6 +5,7 @@ B images, N texts, T tokens, P image tokens, D embedding width, Dv Dt token widt
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from datasets.batch import Batch
+from datasets.errors import UserError
 from datasets.source import Field
 
 if TYPE_CHECKING:
@@ -128,6 +130,20 @@ def weight_at(weight: Weight, step: int) -> float:
     return before[1]
 
 
+def check_weight(weight: Weight, flag: str) -> None:
+    """Refuse a weight that is no number, or points that are no line.
+
+    Raises:
+        UserError: names the flag.
+    """
+    points = ((0, weight),) if isinstance(weight, int | float) else weight
+    steps = [step for step, _ in points]
+    if not points or steps != sorted(set(steps)):
+        raise UserError(f"{flag} needs STEP VALUE points with rising steps, not {weight}")
+    if not all(0 <= value < math.inf for _, value in points):
+        raise UserError(f"{flag} is {weight}; a weight is a number of at least 0")
+
+
 class Objective(nn.Module, ABC):
     """One thing to minimise. Heads live here; towers do not.
 
@@ -142,6 +158,20 @@ class Objective(nn.Module, ABC):
 
         weight: Weight = 1.0
         """Factor of this objective in the sum: a number, or STEP VALUE points with lines between."""
+
+        def check(self, flag: str) -> None:
+            """Refuse settings that mean nothing.
+
+            Args:
+                flag: how these settings begin on the command line.
+
+            Raises:
+                UserError: names the flag.
+            """
+            check_weight(self.weight, f"{flag}.weight")
+            smoothing = getattr(self, "smoothing", 0.0)
+            if not 0 <= smoothing < 1:
+                raise UserError(f"{flag}.smoothing is {smoothing}; it lies in 0..1, below 1")
 
     needs: ClassVar[frozenset[Field]]
     """What a source must hold to feed this objective."""

@@ -60,9 +60,9 @@ def pool(encodings: Encodings, batch: Batch) -> Pool:
     image_rows = count_rows(len(batch.images), encodings.group, device)
     text_rows = count_rows(len(batch.tokens), encodings.group, device)
 
-    all_image_index = text_rows.gather(batch.image_index.clamp(min=0) + image_rows.offset)
-    all_text_id = text_rows.gather(batch.text_id)
-    all_text_valid = text_rows.gather(batch.pair_valid.long()).bool()
+    known = [batch.image_index.clamp(min=0) + image_rows.offset, batch.text_id, batch.pair_valid.long()]
+    all_image_index, all_text_id, all_text_valid = text_rows.gather(torch.stack(known, dim=1)).unbind(1)
+    all_text_valid = all_text_valid.bool()
     all_image_valid = image_rows.gather(batch.image_valid.long()).bool()
 
     own = batch.pair_valid.nonzero().squeeze(1)

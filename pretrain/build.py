@@ -19,6 +19,7 @@ from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
+from pretrain.zoo.vision import fitting
 
 _CAPTIONS_FOR_TOKENIZER = 20_000
 
@@ -86,9 +87,21 @@ def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer
         for name, owner in classes.items()
     }
     pretrainer = Pretrainer(model, objectives, ranks.group)
+    for stage in run.stages.values():
+        try_resolution(model, stage.resolution)
     drop_unread(model, objectives)
     choose_attention(model, ranks.device)
     return pretrainer.to(ranks.device)
+
+
+def try_resolution(model: Dual, resolution: int) -> None:
+    """Encode one black image, so that a later stage's resolution is refused now and not when it begins.
+
+    Raises:
+        UserError: the image tower does not work at this resolution.
+    """
+    with fitting("the image tower", resolution), torch.no_grad():
+        model.encode_image(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))
 
 
 def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool) -> Widths:

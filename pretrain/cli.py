@@ -21,8 +21,8 @@ from datasets.errors import UserError
 from objectives import kind_of, objective_class
 from objectives.base import Objective
 from pretrain import runfile
-from pretrain.config import Run
-from pretrain.zoo.models import model_config
+from pretrain.config import Run, Stage
+from pretrain.zoo.models import model_config, own_resolution
 
 _DESCRIPTION = """Pretrain with any mix of objectives.
 
@@ -34,6 +34,7 @@ These four decide what else there is to set; all other flags are listed below, f
   --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model
   --out RUN_DIR            where the run lives; the same command again goes on there
 """
+_SHAPE = ("--recipe", "--objectives", "--model", "--out")
 _RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -53,14 +54,19 @@ def parse(arguments: Sequence[str]) -> Command:
         SystemExit: --help, and flags that tyro refuses (exit code 2).
     """
     shape = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--recipe", "--objectives", "--model", "--out"):
+    for flag in _SHAPE:
         shape.add_argument(flag)
     chosen, leaves = shape.parse_known_args(arguments)
+    for flag in (leaf.partition("=")[0] for leaf in leaves if leaf.startswith("--")):
+        near = get_close_matches(flag, _SHAPE, n=1, cutoff=0.8)
+        if near and "." not in flag:
+            raise UserError(f"unknown flag {flag}; did you mean {near[0]}?")
 
     name = chosen.recipe or "laptop"
     run = load_recipe(name)
     if chosen.model is not None:
         run = replace(run, model=model_config(chosen.model))
+        run = replace(run, stages=at_own_resolution(run))
     if chosen.objectives is not None:
         run = replace(run, objectives=parse_objectives(chosen.objectives, run.objectives))
     run = tyro.cli(Run, default=run, args=leaves, prog="python -m pretrain.launch", description=_DESCRIPTION)
@@ -68,6 +74,14 @@ def parse(arguments: Sequence[str]) -> Command:
     title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
     out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
     return Command(run=run, out=out)
+
+
+def at_own_resolution(run: Run) -> dict[str, Stage]:
+    """The stages at the resolution that the model was made for, where it has one."""
+    own = own_resolution(run.model)
+    if own is None:
+        return run.stages
+    return {name: replace(stage, resolution=own) for name, stage in run.stages.items()}
 
 
 def load_recipe(name: str) -> Run:
@@ -91,9 +105,10 @@ def load_recipe(name: str) -> Run:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown recipe {base!r}; {hint}Known: {', '.join(known)}")
         found = vars(import_module(f"pretrain.recipes.{base}"))
-    if function not in found:
+    run = found[function]() if callable(found.get(function)) and function.islower() else None
+    if not isinstance(run, Run):
         raise UserError(f"recipe {base} has no {function}(); write it as `def {function}() -> Run`")
-    return found[function]()
+    return run
 
 
 def parse_objectives(text: str, known: dict[str, Objective.Config]) -> dict[str, Objective.Config]:

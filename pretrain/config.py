@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import nn
+
 from datasets.errors import UserError
 from datasets.views import Augment
 from objectives.base import Objective
@@ -99,12 +101,22 @@ class Run:
         if not self.stages:
             raise UserError("a run needs at least one stage")
         self.model.check()
+        for name, objective in self.objectives.items():
+            if hasattr(nn.ModuleDict, name):
+                raise UserError(
+                    f"an objective cannot be called {name!r}: torch uses the name; choose another"
+                )
+            objective.check(f"--objectives.{name}")
         for name, stage in self.stages.items():
             stage.check(name)
-        for key in ("report", "checkpoint"):
-            if getattr(self.cadence, key) < 1:
-                raise UserError(f"--cadence.{key} is {getattr(self.cadence, key)}; it must be at least 1")
-        if self.cadence.keep < 2:
-            raise UserError("--cadence.keep must be at least 2: the newest may be cut short by a crash")
-        if self.loader_threads < 1:
-            raise UserError(f"--loader-threads is {self.loader_threads}; it must be at least 1")
+        least = {
+            "--cadence.report": (self.cadence.report, 1),
+            "--cadence.checkpoint": (self.cadence.checkpoint, 1),
+            "--cadence.keep": (self.cadence.keep, 2),  # the newest may be cut short by a crash
+            "--seed": (self.seed, 0),
+            "--precision.threads": (self.precision.threads, 0),
+            "--loader-threads": (self.loader_threads, 1),
+        }
+        for flag, (value, bound) in least.items():
+            if value < bound:
+                raise UserError(f"{flag} is {value}; it must be at least {bound}")

@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from datasets.errors import UserError
 
-_RENDEZVOUS_TIMEOUT = timedelta(seconds=300)
+_RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Ranks wait for rank zero while it judges the model."""
 
 
 T = TypeVar("T")
@@ -77,13 +79,18 @@ def join_ranks() -> Generator[Ranks]:
     """Join the process group that torchrun (or srun with the same variables) describes, and leave it.
 
     Raises:
-        UserError: the other ranks do not come; names host and port.
+        UserError: the other ranks do not come (names host and port), or there are more than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {rank} would use GPU {local}, and this machine has {torch.cuda.device_count()}: "
+            "start as many processes as there are GPUs"
+        )
     if cuda:
         torch.cuda.set_device(device)
     if world == 1:
@@ -95,6 +102,8 @@ def join_ranks() -> Generator[Ranks]:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise UserError(f"rank {rank} of {world} found no rendezvous at {where}: {error}") from error
     try:
-        yield Ranks(rank=rank, world=world, device=device, group=dist.group.WORLD)
+        group = dist.new_group(timeout=_COLLECTIVE_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        yield Ranks(rank=rank, world=world, device=device, group=group)
     finally:
         dist.destroy_process_group()

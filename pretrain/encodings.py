@@ -5,8 +5,10 @@ B images, N texts, T tokens, D embedding width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -24,10 +26,20 @@ class ModelEncodings:
         batch: Batch,
         *,
         group: ProcessGroup | None,
+        seed: tuple[int, ...],
         given: Mapping[Pass, Tensor] | None = None,
     ) -> None:
-        """`given` holds passes that are known already: those of the whole step, for a coupled objective."""
+        """Nothing is run yet.
+
+        Args:
+            model: the encoders.
+            batch: what they encode.
+            group: the ranks that share the global batch.
+            seed: key of this micro-batch's randomness inside the towers.
+            given: passes that are known already: those of the whole step, for a coupled objective.
+        """
         self.group = group
+        self._seed = seed
         self._model = model
         self._batch = batch
         self._given = given or {}
@@ -59,12 +71,26 @@ class ModelEncodings:
     def _encode(self, run: Run) -> dict[What, Tensor]:
         tower, image_view, _ = run
         batch, model = self._batch, self._model
+        key = (*self._seed, *run)
         if tower == "image":
+            _seed_tower(key)
             return model.encode_image(batch.images)
         if tower == "text":
+            _seed_tower(key)
             return model.encode_text(batch.tokens, batch.text_length)
         assert model.captioner is not None
         # A text without image has index -1 and is never scored: any image will do for its row.
         image_tokens = self[Pass("image_tokens", image=image_view, text="none")]
         context = image_tokens[batch.image_index.clamp(min=0)]
+        _seed_tower(key)
         return {"decoded": model.captioner(context, batch.tokens[:, :-1])}
+
+
+def _seed_tower(key: tuple[int | str, ...]) -> None:
+    """Seed the towers' own randomness by (run, step, rank, micro-batch, tower, views).
+
+    Keyed by the run of the tower and not by the order of runs: the second pass over a micro-batch is then
+    the first one again, a resumed step the lost one again, and no generator state is kept anywhere.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

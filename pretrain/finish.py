@@ -21,13 +21,14 @@ def is_finished(rundir: RunDir, curriculum: Curriculum) -> bool:
 def finish(training: Training) -> None:
     """Judge the trained model on rank zero and write what was found."""
     if training.ranks.zero:
+        draw(training)
         results = judge(training)
         values = {f"val/{name}": result.value for name, result in results.items()}
         samples = training.standing.position
         training.sink.step(training.standing.step, {"samples": samples, "finished": 1.0, **values})
-        for line in ["", *table(results), ""] if results else ["there is no --val to judge the model on"]:
+        nothing = "nothing to judge: retrieval needs --val, and an objective that reads the text tower"
+        for line in ["", *table(results), ""] if results else [nothing]:
             training.sink.note(line)
-        draw(training)
     training.ranks.wait()
 
 
@@ -45,7 +46,7 @@ def judge(training: Training) -> Results:
     )
     resolution = training.curriculum.stretches[-1].stage.resolution
     results: Results = {}
-    if run.data == "scenes" and not run.val:
+    if (run.val or run.data) == "scenes":
         results |= judge_scenes(judge, resolution=resolution)
     elif training.val is not None and judge.model.text is not None:
         results |= judge_pairs(judge, training.val, resolution=resolution)

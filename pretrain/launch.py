@@ -23,7 +23,7 @@ from pretrain.build import build_pretrainer, build_tokenizer, check_fed
 from pretrain.cli import Command, parse
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
-from pretrain.finish import finish, is_finished
+from pretrain.finish import draw, finish, is_finished
 from pretrain.ledger import Ledger
 from pretrain.loop import Training, rehearsal, train
 from pretrain.optim import build_optimizer
@@ -63,7 +63,8 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     run, curriculum = command.run, Curriculum(command.run.stages)
     with ExitStack() as stack:
         source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
-        val = open_source(run.val, seed=run.seed, split="test", augment=run.augment) if run.val else None
+        shards = run.val not in ("", "scenes")
+        val = open_source(run.val, seed=run.seed, split="test", augment=run.augment) if shards else None
         check_fed(run, source)
         rundir = RunDir(command.out)
         ranks.on_zero(lambda: _claim(command, stack))
@@ -76,6 +77,8 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         step = rehearsal(training) if measured else None
         settle_threads(run.precision.threads, kept=rundir.threads, step=step)
         if train(training, preemption) == "interrupted":
+            if ranks.zero:
+                draw(training)
             training.sink.note(
                 f"{preemption.requested or 'another rank'} asked to stop: step {training.standing.step} is "
                 f"saved in {command.out}; the same command goes on from there"
@@ -106,7 +109,7 @@ def build(
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     if found is not None:
         saved = found.load()
-        standing = standing.resumed(saved.state)
+        standing = standing.resumed(saved.state, curriculum)
         restore(saved.tensors, pretrainer, optimizer)
 
     sink, ledger = Fanout(), None

@@ -74,13 +74,14 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
             for step in range(first, stretch.last):
                 with training.clock.waiting():
                     portion = next(portions)
+                batches = [batch.to(training.ranks.device) for batch in portion.batches]
                 stop, masked = preemption.requested is not None, len(portion.masked)
-                agreed = agree(training.wrapped, portion.batches, training.ranks, stop=stop, masked=masked)
+                agreed = agree(training.wrapped, batches, training.ranks, stop=stop, masked=masked)
                 if agreed.stop:
                     save(training)
                     return "interrupted"
                 _name_masked(training, portion.masked, agreed, stretch)
-                _one_step(training, stretch, step, portion.batches, agreed)
+                _one_step(training, stretch, step, batches, agreed)
 
                 # Once in a while.
                 done = step + 1
@@ -134,14 +135,15 @@ def _one_step(
     set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
     done = train_step(
         training.wrapped,
-        [batch.to(ranks.device) for batch in batches],
+        batches,
         training.optimizer,
         counts=agreed.counts,
         weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
         clip=stage.optim.clip,
         compute=training.compute,
         ranks=ranks,
-        seed=(run.seed, step),
+        seed=run.seed,
+        step=step,
     )
     training.pending.append((step + 1, _sample_ids(batches, ranks), done))
     training.standing = replace(
@@ -164,8 +166,8 @@ def report(training: Training, stretch: Stretch) -> None:
         loss, norm = float(done.values["loss"]), float(done.norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before "
-                f"a checkpoint of it is written: lower --stages.{stretch.name}.optim.lr and run again"
+                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before a "
+                f"checkpoint of it is written: try a lower --stages.{stretch.name}.optim.lr and another --out"
             )
         if training.ledger is not None:
             alarm = training.ledger.record(step, [f"{i:x}" for i in samples.tolist()], loss=loss, norm=norm)

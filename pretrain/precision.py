@@ -56,11 +56,11 @@ def compute_for(precision: Precision, device: torch.device) -> Compute:
     """Resolve `auto` for this machine, and choose the CPU's fast float32 path."""
     if device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        if not torch.cpu._is_amx_tile_supported():
+        if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
             # Lets oneDNN take float32 matmuls, twice as fast as MKL on some CPUs and no less exact. Where
             # there is AMX the same switch would round to bfloat16.
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     else:
-        native = torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = precision.autocast == "bf16" or (precision.autocast == "auto" and native)
     return Compute(device=device, bf16=wanted)

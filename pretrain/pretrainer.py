@@ -70,6 +70,7 @@ class Pretrainer(nn.Module):
         *,
         phase: Phase,
         factors: Mapping[str, Tensor],
+        seed: tuple[int, ...],
         given: Mapping[Pass, Tensor] | None = None,
         pull: Mapping[str, Tensor] | None = None,
     ) -> Outcome | dict[Pass, Tensor]:
@@ -79,6 +80,7 @@ class Pretrainer(nn.Module):
             batch: the micro-batch; of `couple`, the joined step (see `join`).
             phase: see Phase.
             factors: () weight / global count of each objective.
+            seed: key of this micro-batch's dropout and its like.
             given: of `couple`, the encodings of the joined step; of `push`, their gradients for this
                 micro-batch.
             pull: of `push`, once a step: the gradients that `couple` gave to parameters of its own, by name.
@@ -87,12 +89,12 @@ class Pretrainer(nn.Module):
             Of `encode`, the coupled passes; otherwise what to call backward on and the raw sums.
         """
         if phase == "encode":
-            encodings = ModelEncodings(self.model, batch, group=self.group)
+            encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
             return {wanted: encodings[wanted] for wanted in self.coupled}
         if phase == "couple":
-            encodings = ModelEncodings(self.model, batch, group=self.group, given=given)
+            encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed, given=given)
             return self._sum(encodings, batch, factors, [n for n, o in self.objectives.items() if o.coupled])
-        encodings = ModelEncodings(self.model, batch, group=self.group)
+        encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
         if phase == "whole":
             return self._sum(encodings, batch, factors, list(self.objectives))
         outcome = self._sum(

@@ -143,11 +143,20 @@ def _belongs(run: RunDir, run_yaml: str, identity: str, budgets: Collection[str]
         raise UserError(
             f"{run.run_yaml} was not written by a run (no identity in its first line): choose another --out"
         )
+    if match[1] != identity and not run.checkpoints.exists() and not _has_content(run.ledger):
+        # Nothing was trained: a mistake was being mended, and what it left is no one's.
+        for leftover in (run.tokenizer, run.threads, run.metrics):
+            leftover.unlink(missing_ok=True)
+        return None
     if match[1] != identity:
         differences = _differences(yaml.safe_load(before), yaml.safe_load(run_yaml), budgets)
         which = f", which differs in {'; '.join(differences)}" if differences else ""
         raise UserError(f"{run.root} belongs to another run{which}: choose another --out")
     return before
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int = 3) -> list[str]:

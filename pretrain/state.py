@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.errors import UserError
+from pretrain.curriculum import Curriculum
 from pretrain.pretrainer import Pretrainer
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -37,13 +38,19 @@ class Standing:
         """As JSON."""
         return asdict(self)
 
-    def resumed(self, saved: Mapping[str, Any]) -> Standing:
+    def resumed(self, saved: Mapping[str, Any], curriculum: Curriculum) -> Standing:
         """Where a checkpoint stands.
 
         Raises:
-            UserError: it is of other data, or of another tokenizer; names what changed.
+            UserError: it is of other data, of another tokenizer, or at a place that these stages do not
+                have; names what changed.
         """
         before = Standing(**saved)
+        if before.step > curriculum.steps or curriculum.samples_at(before.step) != before.position:
+            raise UserError(
+                f"the checkpoint of step {before.step} has used {before.position} samples, which does not "
+                "fit these stages: give the finished ones their old --stages.NAME.steps, or use another --out"
+            )
         for key in ("data", "tokenizer"):
             then, now = getattr(before, key), getattr(self, key)
             if then != now:
@@ -72,9 +79,10 @@ def restore(tensors: Tensors, pretrainer: Pretrainer, optimizer: torch.optim.Opt
     for at, value in tensors["optimizer"].items():
         name, _, key = at.rpartition(".")
         moments.setdefault(name, {})[key] = value
+    fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in pretrainer.named_parameters():
-        if name in moments:
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key != "step" else value
-                for key, value in moments[name].items()
-            }
+        # A fused optimizer counts its steps on the device, others in host memory.
+        optimizer.state[parameter] = {
+            key: value if key == "step" and not fused else value.to(parameter.device)
+            for key, value in moments.get(name, {}).items()
+        }

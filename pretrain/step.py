@@ -9,7 +9,6 @@ W ranks.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,7 +46,8 @@ def train_step(
     clip: float,
     compute: Compute,
     ranks: Ranks,
-    seed: tuple[int, ...],
+    seed: int,
+    step: int,
 ) -> StepReport:
     """One step over this rank's micro-batches.
 
@@ -60,16 +60,21 @@ def train_step(
         clip: the largest gradient norm, 0 for none.
         compute: precision and kernels.
         ranks: who we are.
-        seed: key of dropout and its like; the same for the same run and step.
+        seed: of the run; with the step, the key of dropout and its like.
+        step: optimizer steps done before this one.
     """
     pretrainer = _inside(wrapped)
+    for objective in pretrainer.objectives.values():
+        objective.before(step)
     optimizer.zero_grad(set_to_none=True)
     factors = {name: weights[name] * ranks.world / count.clamp(min=1) for name, count in counts.items()}
-    sums = backward(wrapped, batches, factors, compute=compute, seed=(*seed, ranks.rank))
+    sums = backward(wrapped, batches, factors, compute=compute, seed=(seed, step, ranks.rank))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf, foreach=True)
     optimizer.step()
     pretrainer.clamp()
+    for objective in pretrainer.objectives.values():
+        objective.commit()
     return StepReport(values=_means(sums, counts, weights, ranks), norm=norm)
 
 
@@ -122,12 +127,12 @@ def backward(
         _add(sums, middle.outcome)
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
-        seed_model(seed, place)
         with _synchronised(wrapped, last), compute.forward():
             outcome = wrapped(
                 batch,
                 phase="push" if middle else "whole",
                 factors=factors,
+                seed=(*seed, place),
                 given=middle.gradients[place] if middle else None,
                 pull=middle.pull if middle and last else None,
             )
@@ -158,13 +163,12 @@ def _couple(
     pieces: list[dict[Pass, Tensor]] = []
     with torch.no_grad():
         for place, batch in enumerate(batches):
-            seed_model(seed, place)
             with compute.forward():
-                pieces.append(wrapped(batch, phase="encode", factors=factors))
+                pieces.append(wrapped(batch, phase="encode", factors=factors, seed=(*seed, place)))
     leaves = {wanted: torch.cat([piece[wanted] for piece in pieces]).requires_grad_() for wanted in pieces[0]}
     own = _inside(wrapped).coupled_parameters()
     with _synchronised(wrapped, False), compute.forward():
-        outcome = wrapped(join(batches), phase="couple", factors=factors, given=leaves)
+        outcome = wrapped(join(batches), phase="couple", factors=factors, seed=seed, given=leaves)
     found = torch.autograd.grad(
         outcome.total, [*leaves.values(), *(parameter for _, parameter in own)], allow_unused=True
     )
@@ -187,16 +191,6 @@ def _synchronised(wrapped: Wrapped, now: bool) -> AbstractContextManager[None]:
     if isinstance(wrapped, DistributedDataParallel) and not now:
         return wrapped.no_sync()
     return nullcontext()
-
-
-def seed_model(seed: tuple[int, ...], place: int) -> None:
-    """Seed the model's own randomness by (run, step, rank, micro-batch).
-
-    The second run over a micro-batch is then the first one again, and a resumed step the lost one again,
-    with no generator state kept anywhere.
-    """
-    digest = hashlib.blake2b(repr((*seed, place)).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _add(sums: dict[str, Tensor], outcome: Outcome) -> None:

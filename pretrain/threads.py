@@ -29,26 +29,32 @@ def settle_threads(wanted: int, *, kept: Path, step: Callable[[], None] | None) 
         wanted: --precision.threads; 0 to measure.
         kept: file in which the run keeps what was measured first.
         step: one forward and backward of the run's own model and batch; None where there is nothing to
-            choose, on a GPU or among ranks that share the cores already.
+            choose or keep, on a GPU or among ranks that share the cores already.
 
     Raises:
         UserError: `kept` holds something else than a number.
     """
     most = torch.get_num_threads()
     if wanted:
-        torch.set_num_threads(wanted)
-    elif step is None or "OMP_NUM_THREADS" in os.environ or most == 1:
-        pass
+        chosen = wanted
     elif kept.exists():
-        text = kept.read_text().strip()
-        if not text.isdecimal() or int(text) < 1:
-            raise UserError(f"{kept} holds {text!r} where a number of threads should stand: remove it")
-        torch.set_num_threads(int(text))
+        chosen = _kept(kept)
+    elif step is None or most == 1 or "OMP_NUM_THREADS" in os.environ:
+        chosen = most
     else:
         alone, together = _seconds(1, step), _seconds(most, step)
-        torch.set_num_threads(most if together < _WORTH * alone else 1)
-        replace(kept, f"{torch.get_num_threads()}\n".encode())
-    return torch.get_num_threads()
+        chosen = most if together < _WORTH * alone else 1
+    torch.set_num_threads(chosen)
+    if step is not None:
+        replace(kept, f"{chosen}\n".encode())
+    return chosen
+
+
+def _kept(kept: Path) -> int:
+    text = kept.read_text().strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{kept} holds {text!r} where a number of threads should stand: remove it")
+    return int(text)
 
 
 def _seconds(threads: int, step: Callable[[], None]) -> float:

@@ -1,9 +1,20 @@
 """One pool of ranks for the whole session, and one thread: the suite runs beside others."""
 
+from typing import Any
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_arithmetic():
+    """A launch chooses the CPU's fast float32 path for its process; the next test is another process."""
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = matmul.fp32_precision
+    yield
+    matmul.fp32_precision = before
 
 
 @pytest.fixture(scope="session")

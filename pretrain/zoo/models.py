@@ -30,6 +30,8 @@ class ModelConfig:
             UserError: names the flag.
         """
         _check_sizes("--model.captioner", self.captioner)
+        if not 0 < self.captioner.hidden < 1000:
+            raise UserError(f"--model.captioner.hidden is {self.captioner.hidden}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,10 @@ class DualConfig(ModelConfig):
         _check_sizes("--model.text", self.text)
         if self.embed < 1:
             raise UserError(f"--model.embed is {self.embed}; it must be at least 1")
+        if self.text.context_length < 3:
+            raise UserError(
+                f"--model.text.context-length is {self.text.context_length}; a start, a word and an end are 3"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,16 @@ def model_config(text: str) -> ModelConfig:
     if owner is OpenClipConfig:
         return OpenClipConfig(name=name)
     raise UserError(f"--model {text}: {kind} takes no name; write --model {kind}")
+
+
+def own_resolution(config: ModelConfig) -> int | None:
+    """The resolution that a model of open_clip was made for; None for a model that takes any."""
+    if not isinstance(config, OpenClipConfig):
+        return None
+    from pretrain.zoo.vision import open_clip_config
+
+    size = open_clip_config(config.name)["vision_cfg"].get("image_size", 224)
+    return size if isinstance(size, int) else size[0]
 
 
 def own_tokenizer(config: ModelConfig) -> Tokenizer | None:

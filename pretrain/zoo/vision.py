@@ -207,6 +207,11 @@ def open_clip_config(name: str) -> dict[str, Any]:
 
 
 def _from_timm(name: str, *, resolution: int) -> TimmTower:
+    if "." in name:
+        bare = name.partition(".")[0]
+        raise UserError(
+            f"timm:{name} names weights, and this tower starts from random ones: write timm:{bare}"
+        )
     import timm
 
     if not timm.is_model(name):

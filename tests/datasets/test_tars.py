@@ -174,29 +174,7 @@ def test_bad_captions_and_lone_members_keep_their_slots(tmp_path):
     assert [bool(source.captions(i)) for i in range(6)] == [True] + [False] * 5
 
 
-def test_nothing_in_a_hostile_shard_runs_or_reaches_the_disk(tmp_path):
-    """Every event of the interpreter is watched while the shard is opened and read whole."""
-    work = tmp_path / "a" / "b"
-    good, hostile = pack(work / "good.tar", pairs(0, 2)), work / "hostile.tar"
-    link, device = tarfile.TarInfo("link.jpg"), tarfile.TarInfo("device.jpg")
-    link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
-    broken = tarfile.TarInfo("caf\udce9\x1b[2J.jpg")
-    run = f"cposix\nsystem\n(S'touch {work}/owned'\ntR.".encode()
-    with tarfile.open(hostile, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
-        for name, data in [
-            ("ok.jpg", jpeg(1)), ("ok.txt", b"a caption"), ("ok.pyd", run), ("ok.pickle", run),
-            ("ok.pth", run), ("pickled.jpg", run), ("pickled.json", run),
-            ("../../evil.jpg", jpeg(2)), ("../../evil.txt", b"up"),
-            (f"{work}/absolute.jpg", jpeg(3)), (f"{work}/absolute.txt", b"root"),
-            (link, b""), ("link.txt", b"linked"), (device, b""), ("device.txt", b"device"),
-            (broken, jpeg(4)), ("pipe:touch owned.txt", b"x"),
-            ("eps.png", b"%!PS-Adobe\n(owned) (w) file"), ("eps.txt", b"postscript"),
-            ("deep.jpg", jpeg(5)), ("deep.json", b"[" * 10**6),
-        ]:  # fmt: skip
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    program = """
+WATCHED = """
 import sys
 from datasets.tars import Tars
 from datasets.views import Augment
@@ -222,9 +200,33 @@ seen = sorted(events)
 for sample in samples: print(sample.key, "|", sample.fault)
 print(seen)
 """
+
+
+def test_nothing_in_a_hostile_shard_runs_or_reaches_the_disk(tmp_path):
+    """Every event of the interpreter is watched while the shard is opened and read whole."""
+    work = tmp_path / "a" / "b"
+    good, hostile = pack(work / "good.tar", pairs(0, 2)), work / "hostile.tar"
+    link, device = tarfile.TarInfo("link.jpg"), tarfile.TarInfo("device.jpg")
+    link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
+    broken = tarfile.TarInfo("caf\udce9\x1b[2J.jpg")
+    run = f"cposix\nsystem\n(S'touch {work}/owned'\ntR.".encode()
+    with tarfile.open(hostile, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, data in [
+            ("ok.jpg", jpeg(1)), ("ok.txt", b"a caption"), ("ok.pyd", run), ("ok.pickle", run),
+            ("ok.pth", run), ("pickled.jpg", run), ("pickled.json", run),
+            ("../../evil.jpg", jpeg(2)), ("../../evil.txt", b"up"),
+            (f"{work}/absolute.jpg", jpeg(3)), (f"{work}/absolute.txt", b"root"),
+            (link, b""), ("link.txt", b"linked"), (device, b""), ("device.txt", b"device"),
+            (broken, jpeg(4)), ("pipe:touch owned.txt", b"x"),
+            ("eps.png", b"%!PS-Adobe\n(owned) (w) file"), ("eps.txt", b"postscript"),
+            ("deep.jpg", jpeg(5)), ("deep.json", b"[" * 10**6),
+        ]:  # fmt: skip
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
     before = sorted(path.name for path in tmp_path.rglob("*"))
     out = subprocess.run(
-        [sys.executable, "-c", program, str(good), str(hostile)],
+        [sys.executable, "-c", WATCHED, str(good), str(hostile)],
         cwd=work, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     assert sorted(path.name for path in tmp_path.rglob("*")) == before

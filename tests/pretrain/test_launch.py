@@ -42,6 +42,7 @@ def _no_evaluation():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "judge", lambda training: {"nothing": Result(value=0.0)})
         patch.setattr(finish, "draw", lambda training: None)
+        patch.setattr(launch, "draw", lambda training: None)
         yield
 
 
@@ -139,7 +140,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeyp
     out, real = tmp_path / "run", loop.train_step
 
     def signalled(*arguments, **named):
-        if named["seed"][1] == 7:
+        if named["step"] == 7:
             os.kill(os.getpid(), number)
         return real(*arguments, **named)
 
@@ -193,7 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_
     out, real = tmp_path / "run", loop.train_step
 
     def interrupted(*arguments, **named):
-        if named["seed"][1] == 7:
+        if named["step"] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **named)
 
@@ -217,7 +218,7 @@ def test_a_run_without_anything_to_judge_ends_well(tmp_path, capsys, monkeypatch
     for _ in range(2):
         assert launch.main(command(tmp_path / "run", "--stages.one.steps 2")) == launch.DONE
     said = capsys.readouterr().out
-    assert "there is no --val to judge the model on" in said
+    assert "nothing to judge: retrieval needs --val" in said
     assert "is finished" in said
 
 
@@ -268,6 +269,6 @@ def test_an_objective_that_the_source_or_the_model_cannot_serve_is_refused(tmp_p
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
     assert launch.main(command(tmp_path / "run", "--stages.one.optim.lr 1e30")) == launch.USER_ERROR
-    assert "lower --stages.one.optim.lr" in capsys.readouterr().err
+    assert "try a lower --stages.one.optim.lr" in capsys.readouterr().err
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
         assert json.loads((path / "state.json").read_text())["step"] < 6

@@ -41,8 +41,26 @@ def test_where_things_lie(tmp_path):
     ]
 
 
+def trained(folder):
+    """The directory of a run that has taken a step."""
+    with open_run(folder, text(), identity="a1") as run:
+        run.ledger.write_text("1 1 0000 0000 0000\n")
+
+
+def test_what_a_mistake_left_is_taken_over(tmp_path):
+    """Nothing was trained yet: the corrected command may have the directory."""
+    with open_run(tmp_path, text(), identity="a1") as run:
+        run.tokenizer.write_text("{}")
+    with open_run(tmp_path, text(steps=3), identity="b2") as run:
+        assert not run.tokenizer.exists()
+        assert run.run_yaml.read_text().startswith("# identity: b2")
+        run.ledger.write_text("1 1 0000 0000 0000\n")
+    with pytest.raises(UserError, match="another run"):
+        open_run(tmp_path, text(), identity="a1")
+
+
 def test_another_run_is_refused_and_the_difference_named(tmp_path):
-    open_run(tmp_path, text(), identity="a1").close()
+    trained(tmp_path)
     before = (tmp_path / "run.yaml").read_text()
     other = text(steps=7, optim={"lr": 0.003, "betas": [0.9, 0.98]}, model="tiny")
     with pytest.raises(UserError) as caught:
@@ -59,7 +77,7 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path):
 
 
 def test_many_differences_are_counted_and_none_needs_no_list(tmp_path):
-    open_run(tmp_path, text(), identity="a1").close()
+    trained(tmp_path)
     with pytest.raises(UserError, match=r"a \(.*; b \(.*; c \(.*; and 2 more"):
         open_run(tmp_path, text(a=1, b=2, c=3, d=4, e=5), identity="b2")
     with pytest.raises(UserError, match="another run: choose"):

@@ -76,11 +76,6 @@ class Loader:
                 f"a batch of {self.batch} cannot be shared among {self.ranks} ranks x {self.micro_batches} "
                 f"micro-batches: it needs at least {shares} samples"
             )
-        if self.source.size is not None and self.source.size < self.batch:
-            raise UserError(
-                f"{self.source.name} has {self.source.size} samples, too few for one batch of {self.batch}: "
-                "choose a smaller batch or more data"
-            )
 
     def steps(self, first: int, last: int, *, position: int = 0) -> Generator[Portion]:
         """Read steps [first, last), a few of them ahead of the consumer.

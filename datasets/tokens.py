@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from datasets.atomic import replace
 from datasets.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,13 +108,8 @@ class TrainedBPE:
         return cls(path.read_text(encoding="utf-8"))
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all: beside, flushed, renamed."""
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.write(self._state)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        """Write the file, whole or not at all."""
+        replace(path, self._state.encode())
 
     def encode(self, text: str) -> list[int]:
         """Start, words, end, at most `context_length` ids."""

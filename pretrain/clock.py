@@ -26,8 +26,6 @@ class Reading:
     """Training time since the start."""
     samples_per_second: float
     """Over the window."""
-    samples_per_second_overall: float
-    """Since the start."""
     data_wait: float
     """Share of the window spent waiting for data, 0..1."""
     seconds_left: float
@@ -97,7 +95,6 @@ class Clock:
         return Reading(
             seconds=last.seconds,
             samples_per_second=speed,
-            samples_per_second_overall=_rate(last.samples, last.seconds),
             data_wait=_rate(last.waited - first.waited, window),
             seconds_left=remaining / speed if speed else float("inf"),
         )

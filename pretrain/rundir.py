@@ -18,8 +18,8 @@ from typing import Any, Self, TextIO
 
 import yaml
 
+from datasets.atomic import replace
 from datasets.errors import UserError
-from pretrain.atomic import replace
 
 _IDENTITY = re.compile(r"# identity: (\S+)")
 

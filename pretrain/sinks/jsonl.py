@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.atomic import replace
+from datasets.atomic import replace
 
 
 class JsonLines:

@@ -5,6 +5,7 @@ B images or N texts, T tokens, P image tokens, D embedding width, W token width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Encoded(NamedTuple):
     """(B, P, W) the states of the last layer."""
 
 
-class ImageTower(nn.Module):
+class ImageTower(nn.Module, ABC):
     """(B, 3, H, W) uint8 images in, `Encoded` out. Normalises the pixels itself."""
 
     width: int
@@ -27,12 +28,12 @@ class ImageTower(nn.Module):
     embed: int
     """D of the pooled embedding."""
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Encoded:
         """Encode (B, 3, H, W) uint8 images."""
-        raise NotImplementedError
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module, ABC):
     """(N, T) token ids and (N,) lengths in, `Encoded` out."""
 
     width: int
@@ -42,6 +43,6 @@ class TextTower(nn.Module):
     context_length: int
     """The longest text it can read, in tokens."""
 
+    @abstractmethod
     def forward(self, tokens: Tensor, length: Tensor) -> Encoded:
         """Encode (N, T) token ids, of which the first `length` (N,) of each row are text."""
-        raise NotImplementedError

@@ -6,6 +6,7 @@ B images, H W pixels, P image tokens, C channels of a feature map, D embedding w
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +52,9 @@ class PixelTower(ImageTower):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         self.project: nn.Module = nn.Identity()
 
+    @abstractmethod
     def encode(self, pixels: Tensor) -> Encoded:
         """Encode (B, 3, H, W) normalised pixels, before the projection."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Encoded:
         """Encode (B, 3, H, W) uint8 images."""

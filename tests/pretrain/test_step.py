@@ -133,6 +133,16 @@ def flagged(ranks: Ranks) -> tuple[bool, int]:
     return agreed.stop, agreed.masked
 
 
+def test_a_step_keeps_to_its_device():
+    """The meta device stands for a GPU: an operation that mixes it with host memory fails."""
+    meta = torch.device("meta")
+    ranks = Ranks(rank=0, world=1, device=meta, group=None)
+    pretrainer = build(("itc", "lm")).to(meta)
+    batches = [batch.to(meta) for batch in split(make_samples(8), ranks, 1)]
+    agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
+    assert {count.device for count in agreed.counts.values()} == {meta}
+
+
 def test_a_masked_slot_changes_nothing_but_itself():
     """The step with masked slots is the step without those samples."""
     alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)

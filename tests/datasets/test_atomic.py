@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from pretrain.atomic import replace
+from datasets.atomic import replace
 
 
 def test_the_new_content_or_the_old_never_less(tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ class Batch:
         return (places < self.text_length[:, None]) & self.text_valid[:, None]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; host memory is read asynchronously where it is pinned."""
+        """The same batch on `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
         return Batch(**moved)

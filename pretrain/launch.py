@@ -21,6 +21,7 @@ from datasets.sources import open_source
 from pretrain import checkpoint, runfile
 from pretrain.build import build_pretrainer, build_tokenizer, check_fed
 from pretrain.cli import Command, parse
+from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.finish import draw, finish, is_finished
@@ -76,6 +77,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None
         settle_threads(run.precision.threads, kept=rundir.threads, step=step)
+        training.clock = Clock()
         if train(training, preemption) == "interrupted":
             if ranks.zero:
                 draw(training)

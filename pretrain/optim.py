@@ -32,7 +32,7 @@ class Optim:
     eps: float = 1e-6
     """Least divisor of an update (CLIP's for a ViT)."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; vectors, embeddings of positions and temperatures have none."""
+    """Decoupled decay of matrices; vectors, positions and temperatures have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 leaves it alone."""
 

@@ -20,7 +20,7 @@ class Sink(Protocol):
     """Somewhere that reports go. Only rank zero has any."""
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """The report of a step: called at the reporting cadence, steps ascending, each at most once."""
+        """A report: steps ascend; the last one is reported again with what the model was judged to be."""
         ...
 
     def note(self, text: str) -> None:

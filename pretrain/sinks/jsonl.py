@@ -1,4 +1,4 @@
-"""RUN_DIR/metrics.jsonl: one JSON object per report, each step once, also after a resume. The truth."""
+"""RUN_DIR/metrics.jsonl: one JSON object per report, none twice, also after a resume. The truth."""
 
 from __future__ import annotations
 

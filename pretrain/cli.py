@@ -107,7 +107,8 @@ def load_recipe(name: str) -> Run:
         found = vars(import_module(f"pretrain.recipes.{base}"))
     run = found[function]() if callable(found.get(function)) and function.islower() else None
     if not isinstance(run, Run):
-        raise UserError(f"recipe {base} has no {function}(); write it as `def {function}() -> Run`")
+        there = " and ".join(f"{name}()" for name in ("recipe", "small") if callable(found.get(name)))
+        raise UserError(f"recipe {base} has no {function}() that returns a Run; it has {there or 'neither'}")
     return run
 
 

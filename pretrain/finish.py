@@ -35,7 +35,8 @@ def finish(training: Training) -> None:
 def draw(training: Training) -> None:
     """Draw the curves of the run so far."""
     pictures = plots.draw(training.rundir.metrics, training.rundir.plots)
-    training.sink.note(f"curves: {', '.join(map(str, pictures))}")
+    if pictures:
+        training.sink.note(f"curves: {', '.join(map(str, pictures))}")
 
 
 def judge(training: Training) -> Results:

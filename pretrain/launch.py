@@ -31,7 +31,7 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
 from pretrain.preempt import Preemption
-from pretrain.rundir import RunDir, open_run
+from pretrain.rundir import RunDir, open_run, record
 from pretrain.sinks import Fanout
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines
@@ -113,6 +113,8 @@ def build(
         saved = found.load()
         standing = standing.resumed(saved.state, curriculum)
         restore(saved.tensors, pretrainer, optimizer)
+    # Only now is it known that these budgets fit what was trained.
+    ranks.on_zero(lambda: record(rundir, runfile.dump(run), identity=runfile.identity(run)))
 
     sink, ledger = Fanout(), None
     if ranks.zero:

@@ -81,7 +81,7 @@ class RunDir:
 def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str] = ()) -> RunDir:
     """Create or reopen the directory of a run and hold its lock until the result is left or the process dies.
 
-    `run.yaml` is written on first use, and again when only budgets changed.
+    `run.yaml` is written on first use; what other budgets mean is for the caller to accept (`record`).
 
     Args:
         out: the directory.
@@ -97,9 +97,8 @@ def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str
         run = RunDir(out, _locked(out))
         try:
             before = _belongs(run, run_yaml, identity, budgets)
-            text = f"# identity: {identity}\n{run_yaml}"
-            if text != before:
-                replace(run.run_yaml, text.encode())
+            if before is None:
+                record(run, run_yaml, identity=identity)
         except BaseException:
             run.close()
             raise
@@ -109,6 +108,11 @@ def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str
             f"the run directory {out} cannot be written ({reason}): choose another --out"
         ) from error
     return run
+
+
+def record(run: RunDir, run_yaml: str, *, identity: str) -> None:
+    """Write run.yaml: on first use, and again when new budgets have been accepted."""
+    replace(run.run_yaml, f"# identity: {identity}\n{run_yaml}".encode())
 
 
 def _locked(out: Path) -> TextIO:
@@ -164,7 +168,9 @@ def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int 
     keys = [
         key
         for key in {**old, **new}
-        if key.split(".")[0] not in budgets and old.get(key, "nothing") != new.get(key, "nothing")
+        if key.split(".")[0] not in budgets
+        and not key.endswith(".steps")
+        and old.get(key, "nothing") != new.get(key, "nothing")
     ]
     named = [f"{key} ({old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here)" for key in keys]
     return [*named[:limit], f"and {len(named) - limit} more"] if len(named) > limit else named

@@ -230,6 +230,13 @@ def test_too_little_data_is_refused_before_anything_is_written(tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_budget_leaves_run_yaml_as_it_was(straight, capsys):
+    before = (straight / "run.yaml").read_text()
+    assert launch.main(command(straight, "--stages.one.steps 3")) == launch.USER_ERROR
+    assert "does not fit these stages" in capsys.readouterr().err
+    assert (straight / "run.yaml").read_text() == before
+
+
 def test_another_run_is_refused_and_the_difference_named(straight, capsys):
     assert launch.main(command(straight, "--seed 5")) == launch.USER_ERROR
     said = capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from datasets.errors import UserError
-from pretrain.rundir import RunDir, open_run
+from pretrain.rundir import RunDir, open_run, record
 
 RUN = {"objectives": {"itc": {"kind": "itc"}}, "optim": {"lr": 0.002, "betas": [0.9, 0.98]}, "steps": 100}
 
@@ -23,8 +23,10 @@ def test_first_use_writes_the_run_and_the_same_run_comes_back(tmp_path):
         run.checkpoints.mkdir()
     with open_run(out, text(), identity="a1") as run:
         assert run.run_yaml.stat().st_ino == stamp
-    with open_run(out, text(steps=200), identity="a1"):
-        assert yaml.safe_load((out / "run.yaml").read_text())["steps"] == 200
+    with open_run(out, text(steps=200), identity="a1") as run:
+        assert yaml.safe_load(run.run_yaml.read_text()) == RUN, "other budgets are the caller's to accept"
+        record(run, text(steps=200), identity="a1")
+        assert yaml.safe_load(run.run_yaml.read_text())["steps"] == 200
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "lock", "run.yaml"]
 
 

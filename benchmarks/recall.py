@@ -19,7 +19,7 @@ from statistics import mean
 
 from pretrain.sinks import jsonl
 
-_PREFIX = "val/"
+_PREFIX = "eval/"
 
 
 def train(arguments: Sequence[str], out: Path) -> tuple[dict[str, float], float, float]:

@@ -1,13 +1,19 @@
-"""How fast it goes, what share of the time it waits for data, and how long it will still take."""
+"""How fast it goes, how long it waits for data and will still take, and in how much memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from typing import NamedTuple
+
+import torch
 
 
 class _Mark(NamedTuple):
@@ -30,6 +36,10 @@ class Reading:
     """Share of the window spent waiting for data, 0..1."""
     seconds_left: float
     """Training time still to come at the speed of the window."""
+    step_seconds_p50: float
+    """Median time of a step in the window."""
+    step_seconds_p99: float
+    """What 99 of 100 steps of the window do not exceed."""
 
 
 class Clock:
@@ -91,13 +101,25 @@ class Clock:
         """
         first, last = self._marks[0], self._marks[-1]
         window = last.seconds - first.seconds
+        each = sorted(after.seconds - before.seconds for before, after in pairwise(self._marks)) or [0.0]
         speed = _rate(last.samples - first.samples, window)
         return Reading(
             seconds=last.seconds,
             samples_per_second=speed,
             data_wait=_rate(last.waited - first.waited, window),
             seconds_left=remaining / speed if speed else float("inf"),
+            step_seconds_p50=each[len(each) // 2],
+            step_seconds_p99=each[ceil(0.99 * len(each)) - 1],
         )
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most: of the GPU's memory, or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _rate(amount: float, seconds: float) -> float:

@@ -23,7 +23,7 @@ def finish(training: Training) -> None:
     if training.ranks.zero:
         draw(training)
         results = judge(training)
-        values = {f"val/{name}": result.value for name, result in results.items()}
+        values = {f"eval/{name}": result.value for name, result in results.items()}
         samples = training.standing.position
         training.sink.step(training.standing.step, {"samples": samples, "finished": 1.0, **values})
         nothing = "nothing to judge: retrieval needs --val, and an objective that reads the text tower"

@@ -35,6 +35,7 @@ from pretrain.rundir import RunDir, open_run, record
 from pretrain.sinks import Fanout
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines
+from pretrain.starts import Starts, record_start
 from pretrain.state import Standing, restore
 from pretrain.threads import settle_threads
 
@@ -116,12 +117,15 @@ def build(
     # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: record(rundir, runfile.dump(run), identity=runfile.identity(run)))
 
-    sink, ledger = Fanout(), None
+    sink, ledger, starts = Fanout(), None, Starts(restarts=0, lost_steps=0)
     if ranks.zero:
         screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
         sink = Fanout([screen, JsonLines(rundir.metrics, after=standing.step)])
         ledger = Ledger(rundir.ledger, ranks=ranks.world)
         stack.callback(ledger.close)
+        starts = record_start(
+            rundir.starts, step=standing.step, done=ledger.done, ranks=ranks.world, device=ranks.device.type
+        )
     stack.callback(sink.close)
     for message in [*messages, *introduction(command, curriculum, standing)]:
         sink.note(message)
@@ -141,6 +145,7 @@ def build(
         sink=sink,
         ledger=ledger,
         standing=standing,
+        starts=starts,
     )
 
 

@@ -63,6 +63,11 @@ class Ledger:
         self.flush()
         self._file.close()
 
+    @property
+    def done(self) -> int:
+        """The last step that was ever done."""
+        return max(self._lines, default=0)
+
     def final(self) -> dict[int, str]:
         """The line of every step, in order."""
         return dict(sorted(self._lines.items()))

@@ -23,7 +23,7 @@ from datasets.tokens import Tokenizer
 from objectives.base import weight_at
 from objectives.gather import count_rows
 from pretrain import checkpoint
-from pretrain.clock import Clock
+from pretrain.clock import Clock, peak_memory
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum, Stretch
 from pretrain.distributed import Ranks
@@ -34,6 +34,7 @@ from pretrain.preempt import Preemption
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 from pretrain.sinks import Sink
+from pretrain.starts import Starts
 from pretrain.state import Standing, capture
 from pretrain.step import Agreed, StepReport, Wrapped, agree, backward, train_step
 
@@ -58,6 +59,8 @@ class Training:
     ledger: Ledger | None
     """Rank zero's; the others have none."""
     standing: Standing
+    starts: Starts
+    """What interruptions have cost so far."""
     clock: Clock = field(default_factory=Clock)
     pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
@@ -181,14 +184,23 @@ def report(training: Training, stretch: Stretch) -> None:
         step,
         {
             "samples": training.standing.position,
-            **{name: mean(float(each.values[name]) for _, _, each in pending) for name in done.values},
-            "gradient_norm": mean(float(each.norm) for _, _, each in pending),
-            "lr": training.optimizer.param_groups[0]["lr"],
-            "logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
-            "masked": training.standing.masked,
-            "samples_per_second": reading.samples_per_second,
-            "data_wait": reading.data_wait,
-            "seconds_left": reading.seconds_left,
+            **{f"train/{at}": mean(float(each.values[at]) for _, _, each in pending) for at in done.values},
+            "train/lr": training.optimizer.param_groups[0]["lr"],
+            "model/gradient_norm": mean(float(each.norm) for _, _, each in pending),
+            **{
+                f"model/gradient_norm/{tower}": mean(float(each.norms[tower]) for _, _, each in pending)
+                for tower in done.norms
+            },
+            "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
+            "perf/samples_per_second": reading.samples_per_second,
+            "perf/data_wait": reading.data_wait,
+            "perf/seconds_left": reading.seconds_left,
+            "perf/step_seconds_p50": reading.step_seconds_p50,
+            "perf/step_seconds_p99": reading.step_seconds_p99,
+            "perf/memory_gib": peak_memory(training.ranks.device),
+            "perf/restarts": training.starts.restarts,
+            "perf/lost_steps": training.starts.lost_steps,
+            "data/masked": training.standing.masked,
         },
     )
 

@@ -3,7 +3,8 @@
 RUN_DIR/
     run.yaml        the resolved run; its first line is a comment with the identity
     lock            held, with the process's id inside, while it trains
-    metrics.jsonl   ledger   tokenizer.json   threads   plots/   checkpoints/
+    metrics.jsonl   ledger   starts.jsonl   tokenizer.json   threads
+    checkpoints/   plots/   samples/   evaluations/   wandb/   report.html
 """
 
 from __future__ import annotations
@@ -40,6 +41,31 @@ class RunDir:
     def plots(self) -> Path:
         """Directory of images."""
         return self.root / "plots"
+
+    @property
+    def samples(self) -> Path:
+        """Directory of sample sheets and what they show."""
+        return self.root / "samples"
+
+    @property
+    def evaluations(self) -> Path:
+        """Directory of what `pretrain.evaluate` found on other data."""
+        return self.root / "evaluations"
+
+    @property
+    def wandb(self) -> Path:
+        """Directory of the mirror that W&B reads."""
+        return self.root / "wandb"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.root / "report.html"
+
+    @property
+    def starts(self) -> Path:
+        """One JSON object per start."""
+        return self.root / "starts.jsonl"
 
     @property
     def run_yaml(self) -> Path:
@@ -149,7 +175,7 @@ def _belongs(run: RunDir, run_yaml: str, identity: str, budgets: Collection[str]
         )
     if match[1] != identity and not run.checkpoints.exists() and not _has_content(run.ledger):
         # Nothing was trained: a mistake was being mended, and what it left is no one's.
-        for leftover in (run.tokenizer, run.threads, run.metrics):
+        for leftover in (run.tokenizer, run.threads, run.metrics, run.starts):
             leftover.unlink(missing_ok=True)
         return None
     if match[1] != identity:

@@ -34,6 +34,8 @@ class StepReport:
     """() global means: `loss`, and `loss/NAME` and `NAME/METRIC` of each objective."""
     norm: Tensor
     """() gradient norm before clipping."""
+    norms: dict[str, Tensor]
+    """() the same of each tower, and of what belongs to none (`objectives`: temperatures, heads)."""
 
 
 def train_step(
@@ -69,13 +71,30 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     factors = {name: weights[name] * ranks.world / count.clamp(min=1) for name, count in counts.items()}
     sums = backward(wrapped, batches, factors, compute=compute, seed=(seed, step, ranks.rank))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf, foreach=True)
+    norm, norms = _clip(pretrainer, clip)
     optimizer.step()
     pretrainer.clamp()
     for objective in pretrainer.objectives.values():
         objective.commit()
-    return StepReport(values=_means(sums, counts, weights, ranks), norm=norm)
+    return StepReport(values=_means(sums, counts, weights, ranks), norm=norm, norms=norms)
+
+
+def _clip(pretrainer: Pretrainer, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clip the gradient to a norm of `clip` (0: not at all); its norm before, whole and by tower."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in pretrainer.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(_tower_of(name), []).append(parameter.grad)
+    norms = {tower: torch.nn.utils.get_total_norm(gradients) for tower, gradients in parts.items()}
+    norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    torch.nn.utils.clip_grads_with_norm_(pretrainer.parameters(), clip or torch.inf, norm, foreach=True)
+    return norm, norms
+
+
+def _tower_of(parameter: str) -> str:
+    """`model.image.trunk.norm.weight` is the image tower's; a temperature is no tower's."""
+    _, part, *inside = parameter.split(".")
+    return part if parameter.startswith("model.") and inside else "objectives"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

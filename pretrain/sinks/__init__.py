@@ -3,11 +3,12 @@
 Values are plain floats by name; these names mean something to the sinks, all others are only recorded:
 
     samples                 images seen since the start of the run: the axis of every plot
-    loss                    what was minimised, weights applied
-    loss/NAME               the loss of objective NAME, before its weight
-    samples_per_second, data_wait (share, 0..1), seconds_left       from `pretrain.clock`
+    train/loss              what was minimised, weights applied
+    train/loss/NAME         the loss of objective NAME, before its weight
+    perf/samples_per_second, perf/data_wait (share, 0..1), perf/seconds_left       from `pretrain.clock`
+    eval/NAME               what the model was judged to be
 
-Anything else is KIND/NAME, e.g. `itc/accuracy`, `val/image_to_text_recall@1`, or a single word, e.g. `lr`.
+Anything else is GROUP/NAME with one of the groups train, eval, perf, data, model.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Lines:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line; a report without a loss (an evaluation) is not about speed."""
-        if "loss" not in values:
+        if "train/loss" not in values:
             return
         self.note(f"step {step}/{self._total}  {_losses(values)}  {_speed(values)}")
 
@@ -67,7 +67,7 @@ class Bar:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar; a report without a loss (an evaluation) is not about speed."""
-        if "loss" not in values:
+        if "train/loss" not in values:
             return
         self._progress.update(self._task, completed=step, speed=_speed(values), losses=_losses(values))
         self._progress.start()  # the first time only: nothing is drawn before there is something to say
@@ -83,13 +83,14 @@ class Bar:
 
 
 def _losses(values: Mapping[str, float]) -> str:
-    terms = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
-    return "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+    terms = {name: value for name, value in values.items() if name.startswith("train/loss/")}
+    return "  ".join(f"{name.removeprefix('train/loss/')} {value:.4f}" for name, value in terms.items())
 
 
 def _speed(values: Mapping[str, float]) -> str:
-    if "samples_per_second" not in values:
+    if "perf/samples_per_second" not in values:
         return ""
-    left = values["seconds_left"]
+    left = values["perf/seconds_left"]
     shown = str(timedelta(seconds=round(left))) if math.isfinite(left) else "?"
-    return f"{values['samples_per_second']:.0f}/s  wait {values['data_wait']:.0%}  left {shown}"
+    speed, wait = values["perf/samples_per_second"], values["perf/data_wait"]
+    return f"{speed:.0f}/s  wait {wait:.0%}  left {shown}"

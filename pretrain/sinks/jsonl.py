@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from datasets.atomic import replace
 
 
 class JsonLines:
-    """`{"step": 100, "samples": 6400, "loss": 3.21, ...}` per line; what is not finite is null.
+    """`{"step": 100, "time": 1.8e9, "samples": 6400, "train/loss": 3.21, ...}` per line.
+
+    `time` is in Unix seconds; what is not finite is null.
 
     Each line reaches the operating system at once, so a killed process loses none.
     """
@@ -31,7 +34,8 @@ class JsonLines:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Append a report, and bring it to the disk itself: a checkpoint never outlives its records."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+        record = {"step": step, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         os.fsync(self._file.fileno())
 
     def note(self, text: str) -> None:

@@ -17,10 +17,11 @@ Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Name to samples seen and values, both (n,) float64."""
 
 _SPEED = {
-    "samples_per_second": "samples per second",
-    "data_wait": "share of time waiting for data",
+    "perf/samples_per_second": "samples per second",
+    "perf/data_wait": "share of time waiting for data",
 }
-_NOT_DRAWN = {"step", "samples", "seconds_left", *_SPEED}
+_NOT_DRAWN = {"step", "samples", "time", "perf/seconds_left", *_SPEED}
+_LOSS = "train/loss/"
 _RAW, _SMOOTH, _INK = "#9db8d9", "#1f5fa8", "#333333"
 _SMOOTHED_FROM = 40
 """Points from which a series is drawn faint, under its moving average."""
@@ -37,9 +38,9 @@ def draw(metrics: Path, folder: Path) -> list[Path]:
         `losses.png` with a panel per objective, `throughput.png`, `metrics.png`; those that have a series.
     """
     series = _series(metrics)
-    losses = {name: series[name] for name in series if name.startswith("loss/")}
-    if "loss" in series and len(losses) > 1:
-        losses = {"loss": series["loss"], **losses}
+    losses = {name: series[name] for name in series if name.startswith(_LOSS)}
+    if "train/loss" in series and len(losses) > 1:
+        losses = {"train/loss": series["train/loss"], **losses}
     figures: dict[str, Series] = {
         "losses": {_loss_title(name): points for name, points in losses.items()},
         "throughput": {title: series[name] for name, title in _SPEED.items() if name in series},
@@ -47,8 +48,8 @@ def draw(metrics: Path, folder: Path) -> list[Path]:
             name: points
             for name, points in series.items()
             if name not in _NOT_DRAWN
-            and name != "loss"
-            and not name.startswith("loss/")
+            and name != "train/loss"
+            and not name.startswith(_LOSS)
             and len(points[0]) > 1
         },
     }
@@ -57,7 +58,7 @@ def draw(metrics: Path, folder: Path) -> list[Path]:
 
 
 def _loss_title(name: str) -> str:
-    return "sum of all objectives, weighted" if name == "loss" else f"{name.removeprefix('loss/')} loss"
+    return "sum of all objectives, weighted" if name == "train/loss" else f"{name.removeprefix(_LOSS)} loss"
 
 
 def _series(metrics: Path) -> Series:
@@ -92,7 +93,7 @@ def _panel(axes: Axes, title: str, samples: np.ndarray, values: np.ndarray) -> N
 
     if len(values) < _SMOOTHED_FROM:
         axes.plot(samples, values, color=_SMOOTH, linewidth=1.6, marker="o", markersize=3.5, clip_on=False)
-    elif title == "lr":  # a schedule has corners, and no noise
+    elif title == "train/lr":  # a schedule has corners, and no noise
         axes.plot(samples, values, color=_SMOOTH, linewidth=1.6)
     else:
         axes.plot(samples, values, color=_RAW, linewidth=0.8)

@@ -29,6 +29,7 @@ def test_speed_wait_and_time_left():
     assert reading.samples_per_second == 5
     assert reading.data_wait == 0.25
     assert reading.seconds_left == 20
+    assert reading.step_seconds_p50 == reading.step_seconds_p99 == 2
 
 
 def test_the_window_slides_and_the_whole_does_not():
@@ -40,8 +41,10 @@ def test_the_window_slides_and_the_whole_does_not():
     assert reading.samples_per_second == 2.5
     assert reading.data_wait == 0.75
     assert reading.seconds_left == 10
-    run(clock, time, 1, wait=0, work=4)
-    assert clock.read(remaining=0).data_wait == pytest.approx(12 / 20)
+    run(clock, time, 1, wait=0, work=14)
+    after = clock.read(remaining=0)
+    assert after.data_wait == pytest.approx(12 / 30)
+    assert (after.step_seconds_p50, after.step_seconds_p99) == (4, 14)
 
 
 def test_pauses_do_not_count_wherever_they_are():

@@ -11,13 +11,13 @@ from pretrain.sinks.console import Bar, Lines, console
 
 VALUES = {
     "samples": 640,
-    "loss": 5.5,
-    "loss/itc": 3.25,
-    "loss/lm": 2.12345,
-    "itc/accuracy": 0.5,
-    "samples_per_second": 512.4,
-    "data_wait": 0.031,
-    "seconds_left": 252.2,
+    "train/loss": 5.5,
+    "train/loss/itc": 3.25,
+    "train/loss/lm": 2.12345,
+    "train/itc/accuracy": 0.5,
+    "perf/samples_per_second": 512.4,
+    "perf/data_wait": 0.031,
+    "perf/seconds_left": 252.2,
 }
 
 
@@ -27,7 +27,7 @@ def test_one_plain_line_per_report_where_the_output_is_a_file():
     assert isinstance(sink, Lines)
     sink.note("training")
     sink.step(10, VALUES)
-    sink.step(20, {**VALUES, "seconds_left": math.inf, "loss/itc": math.nan})
+    sink.step(20, {**VALUES, "perf/seconds_left": math.inf, "train/loss/itc": math.nan})
     sink.close()
     assert stream.getvalue().splitlines() == [
         "training",
@@ -76,7 +76,7 @@ def test_a_bar_on_a_terminal(terminal):
 def test_many_objectives_shorten_the_bar_and_never_wrap_it(terminal):
     stream, shown = terminal
     sink = console(stream, total=10**6)
-    sink.step(10, {**VALUES, **{f"loss/objective{i}": 1.0 for i in range(9)}})
+    sink.step(10, {**VALUES, **{f"train/loss/objective{i}": 1.0 for i in range(9)}})
     sink.close()
     lines = [line for line in shown().splitlines() if line]
     assert lines

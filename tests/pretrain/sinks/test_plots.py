@@ -26,12 +26,16 @@ def test_the_files_and_their_panels(tmp_path, monkeypatch):
     path = metrics(
         tmp_path / "m",
         **{
-            "loss": lambda i: 3.0 + i,
-            "loss/itc": lambda i: math.nan if i == 5 else 1.0 + i,
-            "loss/lm": lambda i: 2.0,
+            "train/loss": lambda i: 3.0 + i,
+            "train/loss/itc": lambda i: math.nan if i == 5 else 1.0 + i,
+            "train/loss/lm": lambda i: 2.0,
         },
-        **{"samples_per_second": lambda i: 9.0, "data_wait": lambda i: 0.1, "seconds_left": lambda i: 1.0},
-        **{"itc/accuracy": lambda i: i / 60},
+        **{
+            "perf/samples_per_second": lambda i: 9.0,
+            "perf/data_wait": lambda i: 0.1,
+            "perf/seconds_left": lambda i: 1.0,
+        },
+        **{"train/itc/accuracy": lambda i: i / 60},
     )
     made = plots.draw(path, tmp_path / "plots")
     assert [p.name for p in made] == ["losses.png", "throughput.png", "metrics.png"]
@@ -41,7 +45,7 @@ def test_the_files_and_their_panels(tmp_path, monkeypatch):
         "lm loss",
         "samples per second",
         "share of time waiting for data",
-        "itc/accuracy",
+        "train/itc/accuracy",
     }
     samples, values = drawn["itc loss"]
     kept = [i for i in range(60) if i != 5]
@@ -56,7 +60,7 @@ def test_the_files_and_their_panels(tmp_path, monkeypatch):
 def test_one_objective_needs_no_sum_and_an_empty_file_draws_nothing(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(plots, "_panel", lambda axes, title, x, y: titles.append(title))
-    path = metrics(tmp_path / "m", **{"loss": lambda i: 1.0, "loss/itc": lambda i: 1.0})
+    path = metrics(tmp_path / "m", **{"train/loss": lambda i: 1.0, "train/loss/itc": lambda i: 1.0})
     assert [p.name for p in plots.draw(path, tmp_path / "plots")] == ["losses.png"]
     assert titles == ["itc loss"]
     (tmp_path / "empty").write_text("")

@@ -1,0 +1,62 @@
+"""RUN_DIR/starts.jsonl: one line per start, so that a report can tell what interruptions have cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a run."""
+
+    time: float
+    """Unix seconds."""
+    step: int
+    """The step it began from."""
+    lost: int
+    """Steps that had been done beyond it, and are done again."""
+    ranks: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starts:
+    """What all starts of a run come to."""
+
+    restarts: int
+    """Starts after the first."""
+    lost_steps: int
+    """Steps that were done twice, over all of them."""
+
+
+def record_start(path: Path, *, step: int, done: int, ranks: int, device: str) -> Starts:
+    """Append this start and sum up all of them.
+
+    Args:
+        path: RUN_DIR/starts.jsonl.
+        step: the step this start begins from.
+        done: the last step that was ever done.
+        ranks: processes that train together.
+        device: the kind of device they train on.
+    """
+    start = Start(time=round(time.time(), 3), step=step, lost=max(0, done - step), ranks=ranks, device=device)
+    with path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        # A line torn by a crash is closed first, so that it costs no more than itself.
+        torn = not file.read().endswith(b"\n") and file.tell() > 0
+        file.write(b"\n" * torn + json.dumps(asdict(start)).encode() + b"\n")
+    starts = list(read_starts(path))
+    return Starts(restarts=len(starts) - 1, lost_steps=sum(each.lost for each in starts))
+
+
+def read_starts(path: Path) -> Iterator[Start]:
+    """The starts of a run, in order; torn lines are left out."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            yield Start(**json.loads(line))
+        except ValueError:
+            continue

@@ -1,7 +1,9 @@
-"""What is written beside an image: captions and phrase boxes, in the layout of img2dataset.
+"""What is written beside an image: captions, phrase boxes and a class, in the layout of img2dataset.
 
 `KEY.json` may hold `captions` (a list) or `caption`, and `boxes` of `{phrase, box_xyxy, caption_index}` with
-coordinates in 0..1; where it names no caption, `KEY.txt` is the caption. The rules, each a reason to mask the
+coordinates in 0..1; where it names no caption, `KEY.txt` is the caption. Its `class` is the name of a class,
+its `class_id` or else `KEY.cls` the number, read where there is no name. What has a class needs no caption.
+The rules, each a reason to mask the
 sample when broken: UTF-8 throughout; captions are text and not empty. Spaces and line ends are collapsed,
 control characters left out, and what follows the first LONGEST characters is cut.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, cast
 
 from datasets.errors import ContentError
@@ -19,19 +22,32 @@ LONGEST = 10_000
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are not white space
 
 
-def annotated(text: bytes | None, record: bytes | None) -> tuple[tuple[str, ...], tuple[Phrase, ...]]:
-    """Captions and phrases of a sample from its `.txt` and its `.json`, either of which may be missing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotations:
+    """What is known about an image."""
+
+    captions: tuple[str, ...]
+    phrases: tuple[Phrase, ...]
+    label: str | int | None
+
+
+def annotated(text: bytes | None, record: bytes | None, number: bytes | None = None) -> Annotations:
+    """What a sample's `.txt`, `.json` and `.cls` say, any of which may be missing.
 
     Raises:
         ContentError: one of the rules is broken.
     """
     fields = {} if record is None else _record(record)
+    label = _label(fields, number)
     captions: object = fields.get("captions") or fields.get("caption")
     if not captions and text is not None:
         captions = _utf8(text, ".txt")
+    if not captions and label is not None:
+        captions = []
     listed = cast("list[object]", captions) if isinstance(captions, list) else [captions]
     cleaned = tuple(_clean(caption, f"caption {number}") for number, caption in enumerate(listed))
-    return cleaned, _phrases(fields.get("boxes") or [], captions=len(cleaned))
+    phrases = _phrases(fields.get("boxes") or [], captions=len(cleaned))
+    return Annotations(captions=cleaned, phrases=phrases, label=label)
 
 
 def _record(data: bytes) -> dict[str, Any]:
@@ -63,6 +79,19 @@ def _clean(caption: object, which: str) -> str:
     if not cleaned.isascii() and any("\ud800" <= character <= "\udfff" for character in cleaned):
         raise ContentError(f"{which} is not Unicode")  # half a surrogate pair, which JSON can spell
     return cleaned
+
+
+def _label(fields: dict[str, Any], cls: bytes | None) -> str | int | None:
+    named = fields.get("class")
+    if named is not None:
+        return _clean(named, "its class")
+    number: object = fields.get("class_id")
+    if number is None and cls is not None:
+        text = _utf8(cls, ".cls").strip()
+        number = int(text) if text.isdecimal() and len(text) < 10 else text
+    if number is None or (type(number) is int and number >= 0):
+        return number
+    raise ContentError("its class is not a number from 0 on")
 
 
 def _phrases(boxes: object, *, captions: int) -> tuple[Phrase, ...]:

@@ -8,7 +8,7 @@ there is no state to save.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
@@ -87,12 +87,7 @@ class Loader:
             last: the step before which to stop.
             position: where step 0 starts; step s reads the `batch` positions from position + s * batch on.
         """
-        # A new thread takes the count that was set last, so the training thread must settle its own first;
-        # readers get one each, for a team of OpenMP threads under every reader would choke the cores.
-        torch.get_num_threads()
-        readers = ThreadPoolExecutor(
-            self.threads, thread_name_prefix="reader", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        readers = _readers(self.threads)
         ahead: deque[Future[Portion]] = deque()
         try:
             for step in range(first, last):
@@ -137,16 +132,62 @@ class Loader:
         return Portion(step, tuple(batches), tuple(masked))
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A few samples of an evaluation set, in index order and in their fixed view, with all captions."""
+
+    samples: tuple[Sample, ...]
+    batch: Batch
+
+
 def evaluation_batches(
-    source: Source, tokenizer: Tokenizer, *, batch: int, resolution: int, limit: int | None = None
-) -> Iterator[Batch]:
-    """The first `limit` samples (by default all) in index order, in their fixed view, with all captions."""
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    resolution: int,
+    limit: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    threads: int = 1,
+) -> Generator[Examined]:
+    """One rank's share of the first `limit` samples (by default all), a batch read ahead.
+
+    The batches are the same on any number of ranks, which only share them out: embeddings keep their bits.
+    """
     sizes = [size for size in (source.size, limit) if size is not None]
     assert sizes, "a source without end needs a limit"
-    for start in range(0, min(sizes), batch):
-        indices = range(start, min(start + batch, *sizes))
-        samples = [source.read(i, seed=(0, 0, i), resolution=resolution, train=False) for i in indices]
-        yield collate(samples, tokenizer, resolution=resolution)
+    starts = range(0, min(sizes), batch)
+    mine = share(len(starts), rank, ranks)
+
+    def read(index: int) -> Sample:
+        return source.read(index, seed=(0, 0, index), resolution=resolution, train=False)
+
+    with _readers(threads) as readers:
+        ahead: deque[list[Future[Sample]]] = deque()
+        try:
+            for start in starts[mine.start : mine.stop]:
+                ahead.append([readers.submit(read, i) for i in range(start, min(start + batch, *sizes))])
+                if len(ahead) > 1:
+                    yield _examined(ahead.popleft(), tokenizer, resolution)
+            while ahead:
+                yield _examined(ahead.popleft(), tokenizer, resolution)
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def _examined(reading: list[Future[Sample]], tokenizer: Tokenizer, resolution: int) -> Examined:
+    samples = tuple(one.result() for one in reading)
+    return Examined(samples, collate(samples, tokenizer, resolution=resolution))
+
+
+def _readers(threads: int) -> ThreadPoolExecutor:
+    # A new thread takes the count that was set last, so the main thread must settle its own first; readers
+    # get one each, for a team of OpenMP threads under every reader would choke the cores.
+    torch.get_num_threads()
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix="reader", initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
 def _one_caption(sample: Sample, key: tuple[int, ...]) -> Sample:

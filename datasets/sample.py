@@ -35,4 +35,6 @@ class Sample:
     """(3, H, W) uint8, or None for text alone."""
     captions: tuple[str, ...]
     phrases: tuple[Phrase, ...] = ()
+    label: str | int | None = None
+    """The class, by name or by number, where the source knows one."""
     fault: str = ""

@@ -26,6 +26,7 @@ _PARTS = {
     "webp": "image",
     "txt": "text",
     "json": "record",
+    "cls": "number",
 }
 _LARGEST = 64 * 2**20  # bytes of one member
 _BLOCK = 512
@@ -50,7 +51,13 @@ class Entry:
     image: Member | None = None
     text: Member | None = None
     record: Member | None = None
+    number: Member | None = None
     fault: str = ""
+
+    @property
+    def described(self) -> bool:
+        """Whether anything is written beside its image."""
+        return any((self.text, self.record, self.number))
 
 
 class Shard:
@@ -97,13 +104,13 @@ class Shard:
         self._file.close()
 
     def _refuse_if_nothing_pairs(self) -> None:
-        if any(entry.image and (entry.text or entry.record) for entry in self.entries):
+        if any(entry.image and entry.described for entry in self.entries):
             return
         suffixes = Counter(Path(member.name).suffix or "suffixless" for member in self.members)
         holds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in suffixes.most_common(5))
         raise UserError(
-            f"{self.path} has no image with a text: a sample is KEY.jpg (.jpeg, .png, .webp) with KEY.txt or "
-            f"KEY.json, and it holds {f'{holds} members' if holds else 'nothing'}"
+            f"{self.path} has no image with a text: a sample is KEY.jpg (.jpeg, .png, .webp) with KEY.txt, "
+            f"KEY.json or KEY.cls, and it holds {f'{holds} members' if holds else 'nothing'}"
         )
 
 
@@ -220,6 +227,6 @@ def _entries(members: tuple[Member, ...]) -> list[Entry]:
     for entry in entries.values():
         if entry.image is None:
             entry.fault = entry.fault or "no image beside its text"
-        elif entry.text is None and entry.record is None:
-            entry.fault = entry.fault or "no .txt or .json beside its image"
+        elif not entry.described:
+            entry.fault = entry.fault or "no .txt, .json or .cls beside its image"
     return list(entries.values())

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 
-from datasets.annotations import annotated
+from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
 from datasets.errors import ContentError
 from datasets.sample import Phrase, Sample
@@ -55,7 +55,7 @@ class Tars:
         """The sample at `index`: a view drawn by `seed` for training, the central square otherwise."""
         shard, entry, key = self._find(index)
         try:
-            captions, phrases = _annotations(shard, entry)
+            found = _annotations(shard, entry)
             assert entry.image is not None
             image = decode(shard.read(entry.image))
         except ContentError as error:
@@ -65,21 +65,22 @@ class Tars:
             view = random_view(height, width, augment=self._augment, key=seed)
         else:
             view = fixed_view(height, width)
-        boxes = ((phrase, view.box(phrase.box)) for phrase in phrases)
+        boxes = ((phrase, view.box(phrase.box)) for phrase in found.phrases)
         return Sample(
             key=key,
             image=view.pixels(image, resolution=resolution),
-            captions=captions,
+            captions=found.captions,
             phrases=tuple(
                 Phrase(text=phrase.text, box=box, caption=phrase.caption) for phrase, box in boxes if box
             ),
+            label=found.label,
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index` without its pixels; none where they cannot be read."""
         shard, entry, _ = self._find(index)
         try:
-            return _annotations(shard, entry)[0]
+            return _annotations(shard, entry).captions
         except ContentError:
             return ()
 
@@ -97,14 +98,14 @@ class Tars:
         return shard, entry, f"{self._labels[place]}/{entry.key}"
 
 
-def _annotations(shard: Shard, entry: Entry) -> tuple[tuple[str, ...], tuple[Phrase, ...]]:
+def _annotations(shard: Shard, entry: Entry) -> Annotations:
     if entry.fault:
         raise ContentError(entry.fault)
 
     def bytes_of(member: Member | None) -> bytes | None:
         return None if member is None else shard.read(member)
 
-    return annotated(bytes_of(entry.text), bytes_of(entry.record))
+    return annotated(bytes_of(entry.text), bytes_of(entry.record), bytes_of(entry.number))
 
 
 def _labels(paths: list[Path]) -> list[str]:
@@ -117,7 +118,7 @@ def _has_boxes(shard: Shard) -> bool:
     """Whether any sample of a shard has phrases with boxes."""
     for entry in shard.entries:
         try:
-            if _annotations(shard, entry)[1]:
+            if _annotations(shard, entry).phrases:
                 return True
         except ContentError:
             continue  # it will be masked, with this reason, where it is read

@@ -148,6 +148,21 @@ def find(folder: Path, *, report: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def chosen(folder: Path, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint that verifies, or that of a step, for whoever only reads: nothing is changed.
+
+    Raises:
+        UserError: there is none, or the one that was asked for is damaged; names those there are.
+    """
+    there = _newest_first(folder) if folder.is_dir() else []
+    for found, path in there:
+        if step in (None, found) and _fault(path) is None:
+            return Checkpoint(path, found)
+    steps = ", ".join(str(found) for found, _ in reversed(there)) or "none"
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise UserError(f"{folder.parent} has no {wanted} that verifies (of steps there: {steps})")
+
+
 def prune(folder: Path, *, keep: int) -> None:
     """Remove checkpoints older than the last `keep` (at least 2) that verify."""
     assert keep >= 2, "with one checkpoint, damage to it would lose the run"

@@ -50,6 +50,10 @@ class Curriculum:
             if step < stretch.last:
                 yield stretch, max(step, stretch.first)
 
+    def stretch_of(self, step: int) -> Stretch:
+        """The stage of a global step; the last one beyond the end."""
+        return next((each for each in self.stretches if step < each.last), self.stretches[-1])
+
     def samples_at(self, step: int) -> int:
         """Samples used before a global step."""
         for stretch in self.stretches:

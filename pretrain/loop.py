@@ -207,9 +207,7 @@ def report(training: Training, stretch: Stretch) -> None:
 
 def save(training: Training) -> None:
     """Bring everything that is known to the disk: ledger first, then the checkpoint it belongs to."""
-    for stretch, _ in training.curriculum.from_step(max(0, training.standing.step - 1)):
-        report(training, stretch)
-        break
+    report(training, training.curriculum.stretch_of(max(0, training.standing.step - 1)))
     if training.ranks.zero:
         with training.clock.pause():
             if training.ledger is not None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.annotations import LONGEST, annotated
+from datasets.annotations import LONGEST, Annotations, annotated
 from datasets.errors import ContentError
 from datasets.sample import Phrase
 
@@ -24,7 +24,9 @@ def record(**fields):
     ],
 )
 def test_where_captions_come_from(text, fields, captions):
-    assert annotated(text, None if fields is None else record(**fields)) == (captions, ())
+    assert annotated(text, None if fields is None else record(**fields)) == Annotations(
+        captions=captions, phrases=(), label=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_where_captions_come_from(text, fields, captions):
     ],
 )
 def test_cleaning(raw, cleaned):
-    assert annotated(raw.encode(), None)[0] == (cleaned,)
+    assert annotated(raw.encode(), None).captions == (cleaned,)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_cleaning(raw, cleaned):
 )
 def test_broken_rules_are_named(text, data, reason):
     if reason is None:
-        assert annotated(text, data) == (("fine",), ())
+        assert annotated(text, data).captions == ("fine",)
         return
     with pytest.raises(ContentError, match=reason):
         annotated(text, data)
@@ -74,12 +76,38 @@ def test_phrases():
         {"phrase": " A  dog", "box_xyxy": [0, 0.25, 0.5, 1], "caption_index": 1, "n_boxes": 1},
         {"phrase": "grass", "box_xyxy": [0, 0, 1, 1]},
     ]
-    captions, phrases = annotated(None, record(captions=["green grass", "A dog"], boxes=boxes))
-    assert captions == ("green grass", "A dog")
-    assert phrases == (
+    found = annotated(None, record(captions=["green grass", "A dog"], boxes=boxes))
+    assert found.captions == ("green grass", "A dog")
+    assert found.phrases == (
         Phrase(text="A dog", box=(0, 0.25, 0.5, 1), caption=1),
         Phrase(text="grass", box=(0, 0, 1, 1), caption=0),
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "cls", "label"),
+    [
+        ({"class": " T-shirt ", "class_id": 3}, b"4", "T-shirt"),
+        ({"class_id": 3}, b"4", 3),
+        ({}, b"4\n", 4),
+        ({}, None, None),
+    ],
+)
+def test_where_a_class_comes_from(fields, cls, label):
+    assert annotated(b"text", record(**fields), cls).label == label
+
+
+def test_what_has_a_class_needs_no_caption():
+    assert annotated(None, None, b"4") == Annotations(captions=(), phrases=(), label=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cls"),
+    [({"class_id": -1}, None), ({"class_id": True}, None), ({"class_id": "3"}, None), ({}, b"x"), ({}, b"")],
+)
+def test_classes_that_are_none(fields, cls):
+    with pytest.raises(ContentError, match="its class is not a number"):
+        annotated(b"text", record(**fields), cls)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +142,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda 
 @given(captions=JSON, caption=JSON, boxes=JSON)
 def test_any_json_gives_captions_or_a_reason(captions, caption, boxes):
     try:
-        found, _ = annotated(b"text", record(captions=captions, caption=caption, boxes=boxes))
+        found = annotated(b"text", record(captions=captions, caption=caption, boxes=boxes)).captions
     except ContentError:
         return
     assert found

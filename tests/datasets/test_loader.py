@@ -180,8 +180,10 @@ def test_impossible_batches_are_refused():
 
 
 def test_evaluation_reads_in_order_with_all_captions():
-    def read(source, limit=None):
-        return list(evaluation_batches(source, TOKENIZER, batch=4, resolution=2, limit=limit))
+    def read(source, **more):
+        found = list(evaluation_batches(source, TOKENIZER, batch=4, resolution=2, **more))
+        assert all([sample.key for sample in one.samples] == list(one.batch.keys) for one in found)
+        return [one.batch for one in found]
 
     batches = read(Numbered(10))
     assert [len(batch.keys) for batch in batches] == [4, 4, 2]
@@ -190,3 +192,14 @@ def test_evaluation_reads_in_order_with_all_captions():
     assert [len(texts) for _, _, _, texts in said] == [1 if i % 5 == 4 else 1 + i % 3 for i in range(10)]
     assert all(image[0][0][0] == i for i, (_, valid, image, _) in enumerate(said) if valid)
     assert rows(read(Numbered(), limit=6)) == said[:6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_share_the_batches_of_an_evaluation_and_no_boundary_moves(ranks):
+    def read(**more):
+        options = {"batch": 4, "resolution": 2, "threads": 3}
+        return list(evaluation_batches(Numbered(18), TOKENIZER, **options, **more))
+
+    parts = [one.batch for rank in range(ranks) for one in read(rank=rank, ranks=ranks)]
+    assert [part.keys for part in parts] == [one.batch.keys for one in read()]
+    assert all(torch.equal(a.images, b.batch.images) for a, b in zip(parts, read(), strict=True))

@@ -93,7 +93,7 @@ def tarfile_directory(name):
     [
         (["a.jpg", "a.txt", "a.jpg", "a.txt"], "a.txt and a.txt are both its text"),
         (["a.jpg", "a.png", "a.txt"], "a.jpg and a.png are both its image"),
-        (["a.jpg"], "no .txt or .json beside its image"),
+        (["a.jpg"], "no .txt, .json or .cls beside its image"),
         (["a.txt"], "no image beside its text"),
     ],
 )

@@ -167,7 +167,7 @@ def test_bad_captions_and_lone_members_keep_their_slots(tmp_path):
         "",
         "its .txt is not UTF-8 (byte 3)",
         "caption 0 is empty",
-        "no .txt or .json beside its image",
+        "no .txt, .json or .cls beside its image",
         "no image beside its text",
         "e.jpg and e.jpg are both its image",
     ]
@@ -281,7 +281,8 @@ def test_loader_trains_and_evaluates_on_shards(shards):
     assert {key for batch in batches for key in batch.keys} == {read(source, i).key for i in range(8)}
     assert all(batch.pair_valid.all() and len(batch.tokens) == 4 for batch in batches)
     (val,) = evaluation_batches(source, tokenizer, batch=8, resolution=16)
-    assert val.image_index.tolist() == [i // 2 for i in range(16)]
+    assert [sample.key for sample in val.samples] == list(val.batch.keys)
+    assert val.batch.image_index.tolist() == [i // 2 for i in range(16)]
 
 
 def test_scenes_are_a_source_by_name():

@@ -60,13 +60,26 @@ class Cadence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval:
+    """How the model is judged beside training, on --val; always after the last step."""
+
+    every: int = 0
+    """Steps between two evaluations; 0 for the last step only."""
+    classes: str = ""
+    """`imagenet`, or a text file with one class name a line, where --val holds class labels; empty for the
+    names that the labels are."""
+    limit: int = 0
+    """Samples of --val that evaluations before the last look at; 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that decides a run. Written to RUN_DIR/run.yaml; `--recipe RUN_DIR/run.yaml` repeats it."""
 
     data: str = "scenes"
     """`scenes` (built in), or tar shards: globs or brace ranges, several sets separated by commas."""
     val: str = ""
-    """Data to evaluate on at the end, written like --data; `scenes` has its own test sets."""
+    """Data to evaluate on, written like --data; `scenes` has its own test sets."""
     captions: Literal["one", "all"] = "one"
     """Of a sample with several captions: one drawn each time, or all beside their one image."""
     augment: Augment = field(default_factory=Augment)
@@ -83,6 +96,8 @@ class Run:
     """Arithmetic."""
     cadence: Cadence = field(default_factory=Cadence)
     """Reports and checkpoints."""
+    eval: Eval = field(default_factory=Eval)
+    """Evaluations."""
     loader_threads: int = 2
     """Threads of each rank that read and decode ahead."""
     seed: int = 0
@@ -112,6 +127,8 @@ class Run:
         least = {
             "--cadence.report": (self.cadence.report, 1),
             "--cadence.checkpoint": (self.cadence.checkpoint, 1),
+            "--eval.every": (self.eval.every, 0),
+            "--eval.limit": (self.eval.limit, 0),
             "--cadence.keep": (self.cadence.keep, 2),  # the newest may be cut short by a crash
             "--seed": (self.seed, 0),
             "--precision.threads": (self.precision.threads, 0),

@@ -24,9 +24,10 @@ from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
-from pretrain.finish import draw, finish, is_finished
+from pretrain.evaluate import during
+from pretrain.finish import is_finished, show
 from pretrain.ledger import Ledger
-from pretrain.loop import Training, rehearsal, train
+from pretrain.loop import rehearsal, train
 from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
@@ -38,6 +39,7 @@ from pretrain.sinks.jsonl import JsonLines
 from pretrain.starts import Starts, record_start
 from pretrain.state import Standing, restore
 from pretrain.threads import settle_threads
+from pretrain.training import Training
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -75,19 +77,19 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
         training = build(command, curriculum, source, val, rundir, ranks, stack)
+        during.check(training)
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None
         settle_threads(run.precision.threads, kept=rundir.threads, step=step)
         training.clock = Clock()
-        if train(training, preemption) == "interrupted":
-            if ranks.zero:
-                draw(training)
+        outcome = train(training, preemption)
+        show(training)
+        if outcome == "interrupted":
             training.sink.note(
                 f"{preemption.requested or 'another rank'} asked to stop: step {training.standing.step} is "
                 f"saved in {command.out}; the same command goes on from there"
             )
             return INTERRUPTED
-        finish(training)
         return DONE
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 from typing import Literal
@@ -18,58 +18,24 @@ from torch import Tensor
 from datasets.batch import Batch
 from datasets.errors import UserError
 from datasets.loader import Loader, Masked
-from datasets.source import Source
-from datasets.tokens import Tokenizer
 from objectives.base import weight_at
 from objectives.gather import count_rows
 from pretrain import checkpoint
-from pretrain.clock import Clock, peak_memory
-from pretrain.config import Run
-from pretrain.curriculum import Curriculum, Stretch
+from pretrain.clock import peak_memory
+from pretrain.curriculum import Stretch
 from pretrain.distributed import Ranks
-from pretrain.ledger import Ledger
+from pretrain.evaluate import during
 from pretrain.optim import set_rate
-from pretrain.precision import Compute
 from pretrain.preempt import Preemption
-from pretrain.pretrainer import Pretrainer
-from pretrain.rundir import RunDir
-from pretrain.sinks import Sink
-from pretrain.starts import Starts
-from pretrain.state import Standing, capture
-from pretrain.step import Agreed, StepReport, Wrapped, agree, backward, train_step
-
-
-@dataclass(kw_only=True)
-class Training:
-    """Everything the loop works with, built by `pretrain.launch` in the order data flows."""
-
-    run: Run
-    source: Source
-    val: Source | None
-    """What the finished model is judged on, where it is not the built-in scenes."""
-    tokenizer: Tokenizer
-    pretrainer: Pretrainer
-    wrapped: Wrapped
-    optimizer: torch.optim.Optimizer
-    curriculum: Curriculum
-    compute: Compute
-    ranks: Ranks
-    rundir: RunDir
-    sink: Sink
-    ledger: Ledger | None
-    """Rank zero's; the others have none."""
-    standing: Standing
-    starts: Starts
-    """What interruptions have cost so far."""
-    clock: Clock = field(default_factory=Clock)
-    pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
-    """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
-    named: set[str] = field(default_factory=set)
-    """Keys of masked samples that were already said aloud."""
+from pretrain.state import capture
+from pretrain.step import Agreed, agree, backward, train_step
+from pretrain.training import Training
 
 
 def train(training: Training, preemption: Preemption) -> Literal["finished", "interrupted"]:
     """Train from where the run stands to its end, or to the step boundary after a signal."""
+    if during.is_pending(training):
+        during.evaluate(training)  # the process ended before it had
     for stretch, first in training.curriculum.from_step(training.standing.step):
         loader = _loader(training, stretch)
         portions = loader.steps(first - stretch.first, stretch.stage.steps, position=stretch.position)
@@ -88,10 +54,13 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
 
                 # Once in a while.
                 done = step + 1
-                if done % training.run.cadence.report == 0 or done == stretch.last:
+                judged = during.is_due(training, done)
+                if judged or done % training.run.cadence.report == 0 or done == stretch.last:
                     report(training, stretch)
-                if done % training.run.cadence.checkpoint == 0 or done == training.curriculum.steps:
+                if judged or done % training.run.cadence.checkpoint == 0:
                     save(training)
+                if judged:
+                    during.evaluate(training)
     return "finished"
 
 

@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 from datasets.batch import Batch
 from datasets.order import share
+from datasets.scenes import Scenes
+from datasets.tokens import TrainedBPE
 from pretrain.distributed import Ranks
+from pretrain.evaluate.judge import Judge
+from pretrain.precision import Compute
+from pretrain.zoo.models import DualConfig, SmallText, build_model
 from pretrain.zoo.towers import Encoded, ImageTower, TextTower
 
 LARGEST = 4
@@ -193,6 +198,23 @@ def split(samples: Sequence[Batch], ranks: Ranks, micro_batches: int) -> list[Ba
     mine = share(len(samples), ranks.rank, ranks.world)
     pieces = [share(len(mine), place, micro_batches) for place in range(micro_batches)]
     return [merge([samples[mine[at]] for at in piece]) for piece in pieces]
+
+
+def untrained_judge(*, text: bool = True, captioner: bool = True) -> Judge:
+    """A small real model with random weights, with or without its parts; the same in every process."""
+    scenes = Scenes()
+    captions = (scenes.captions(index)[0] for index in range(300))
+    tokenizer = TrainedBPE.train(captions, vocabulary=400, context_length=32)
+    torch.manual_seed(0)
+    model = build_model(
+        DualConfig(embed=16, text=SmallText(width=16, layers=1, context_length=32)),
+        tokenizer=tokenizer,
+        resolution=32,
+        temperature=(10.0, None),
+    )
+    model.text = model.text if text else None
+    model.captioner = model.captioner if captioner else None
+    return Judge(model=model, tokenizer=tokenizer, compute=Compute(device=torch.device("cpu"), bf16=False))
 
 
 if __name__ == "__main__":

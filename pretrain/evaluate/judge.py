@@ -1,6 +1,6 @@
 """A model as evaluation sees it: no gradient, training's own arithmetic, one batch at a time.
 
-B images, N texts, D embedding width.
+B images, N texts, D embedding width, W width of the image tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,31 @@ from torch import Tensor
 
 from datasets.batch import Batch
 from datasets.tokens import Tokenizer
+from objectives.base import IMAGE, IMAGE_TOKENS, TEXT, Widths
+from objectives.lm import LM
+from pretrain.encodings import ModelEncodings
 from pretrain.precision import Compute
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.generate import greedy
+
+_SENTENCES = 256
+"""Sentences that are encoded at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a model makes of a batch, in host memory."""
+
+    features: Tensor
+    """(B, D) unit norm; (B, W) mean image tokens of a model that was never trained to embed images."""
+    texts: Tensor | None
+    """(N, D) unit norm, where the model has a text tower."""
+    said: tuple[str, ...] | None
+    """A greedy caption of each image, where the model has a captioner."""
+    loss: float
+    """Sum over the caption tokens of the negative log likelihood, where the model has a captioner."""
+    tokens: int
+    """Their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,30 +59,47 @@ class Judge:
         finally:
             self.model.train(training)
 
-    def images(self, batch: Batch) -> Tensor:
-        """(B, D) float32 embeddings."""
-        with self._running():
-            return self.model.encode_image(batch.to(self.compute.device).images)["image"].float().cpu()
+    @property
+    def embeds(self) -> bool:
+        """Whether images and texts are compared."""
+        return self.model.gives().get(TEXT.run) is not None
 
-    def texts(self, batch: Batch) -> Tensor:
-        """(N, D) float32 embeddings."""
+    @property
+    def writes(self) -> bool:
+        """Whether it writes captions."""
+        return self.model.captioner is not None
+
+    def look(self, batch: Batch, *, write: bool = True) -> Look:
+        """Run every encoder once; `write` says whether captions are generated, which takes longest."""
         with self._running():
-            moved = batch.to(self.compute.device)
-            return self.model.encode_text(moved.tokens, moved.text_length)["text"].float().cpu()
+            batch = batch.to(self.compute.device)
+            encodings = ModelEncodings(self.model, batch, group=None, seed=())
+            features = encodings[IMAGE] if self.embeds else encodings[IMAGE_TOKENS].mean(1)
+            texts = encodings[TEXT].float().cpu() if self.embeds else None
+            loss, tokens = self._likelihood(encodings, batch) if self.writes else (0.0, 0)
+            said = self._write(encodings[IMAGE_TOKENS]) if self.writes and write else None
+        return Look(features=features.float().cpu(), texts=texts, said=said, loss=loss, tokens=tokens)
 
     def sentences(self, sentences: Sequence[str]) -> Tensor:
         """(N, D) float32 embeddings of plain sentences."""
-        ids = [self.tokenizer.encode(sentence) for sentence in sentences]
-        length = torch.tensor([len(each) for each in ids])
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in ids], batch_first=True)
-        with self._running():
-            device = self.compute.device
-            return self.model.encode_text(tokens.to(device), length.to(device))["text"].float().cpu()
+        ids = [torch.tensor(self.tokenizer.encode(sentence)) for sentence in sentences]
+        found: list[Tensor] = []
+        for start in range(0, len(ids), _SENTENCES):
+            part = ids[start : start + _SENTENCES]
+            tokens = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(self.compute.device)
+            length = torch.tensor([len(each) for each in part], device=self.compute.device)
+            with self._running():
+                found.append(self.model.encode_text(tokens, length)["text"].float().cpu())
+        return torch.cat(found)
 
-    def captions(self, batch: Batch) -> list[str]:
-        """The greedy caption of each of the B images."""
+    def _likelihood(self, encodings: ModelEncodings, batch: Batch) -> tuple[float, int]:
+        # What lm minimises is the negative log likelihood of the tokens that it counts.
+        lm = LM(LM.Config(), Widths(embed=0, image_tokens=0, text_tokens=0, vocabulary=0, temperature=False))
+        tokens = int(lm.denominator(batch))
+        return (float(lm(encodings, batch).total) if tokens else 0.0), tokens
+
+    def _write(self, image_tokens: Tensor) -> tuple[str, ...]:
         assert self.model.captioner is not None
-        with self._running():
-            tokens = self.model.encode_image(batch.to(self.compute.device).images)["image_tokens"]
-            ids = greedy(self.model.captioner, tokens, start=self.tokenizer.start, end=self.tokenizer.end)
-        return [self.tokenizer.decode(each) for each in ids]
+        assert self.tokenizer.start is not None
+        ids = greedy(self.model.captioner, image_tokens, start=self.tokenizer.start, end=self.tokenizer.end)
+        return tuple(self.tokenizer.decode(each) for each in ids)

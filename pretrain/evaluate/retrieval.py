@@ -1,6 +1,6 @@
 """Image-text retrieval: is one of an image's texts among the k nearest, and the other way round?
 
-B images, N texts, D embedding width.
+B images, N texts, D embedding width, U different captions, Q queries, A answers.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from datasets.batch import Batch
+from objectives.contrast import similarity
+from pretrain.distributed import Ranks
 from pretrain.evaluate.judge import Judge
 
 KS = (1, 5, 10)
-_CHUNK = 1024
+_QUERIES = 1024
+_SCORES = 1 << 26
+"""At most this many queries, and about this many similarities (256 MiB), are looked at together."""
 
 
 def retrieval(judge: Judge, batches: Iterable[Batch]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions, as CLIP counts it: any right answer is a hit.
-
-    An answer is right when it belongs to the query, or when its caption equals that of one that does.
-    Masked samples are left out.
-    """
+    """Recall over the pairs of all batches; masked samples are left out."""
     images, texts, owners, ids = [], [], [], []
     count = 0
     for batch in batches:
@@ -37,42 +37,70 @@ def retrieval(judge: Judge, batches: Iterable[Batch]) -> dict[str, float]:
     return recalls(torch.cat(images), torch.cat(texts), owner=torch.cat(owners), text_id=torch.cat(ids))
 
 
-def recalls(images: Tensor, texts: Tensor, *, owner: Tensor, text_id: Tensor) -> dict[str, float]:
-    """Recall from embeddings.
+def recalls(
+    images: Tensor, texts: Tensor, *, owner: Tensor, text_id: Tensor, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions, as CLIP counts it: any right answer is a hit.
+
+    An answer is right when it belongs to the query, or when its caption equals that of one that does. An
+    image without texts is no query, but it is an answer. Where there are fewer than k answers, all are
+    looked at.
 
     Args:
-        images: (B, D).
-        texts: (N, D).
+        images: (B, D) unit embeddings, of at least one image.
+        texts: (N, D) unit embeddings, of at least one text.
         owner: (N,) the image of each text.
         text_id: (N,) equal for equal captions.
+        ranks: share the queries among these, of which every one holds everything above. The blocks of
+            queries are the same on any number of ranks, and so are the values, to the bit.
     """
-    # Captions as numbers 0..U-1, and which image says which: right answers are those that share one.
-    _, caption = text_id.unique(return_inverse=True)
-    says = torch.zeros(len(images), int(caption.max()) + 1, dtype=torch.bool)
-    says[owner, caption] = True
+    assert len(images) > 0, "retrieval needs an image"
+    assert len(texts) > 0, "retrieval needs a text"
+    caption = text_id.unique(return_inverse=True)[1]  # (N,) 0..U-1
+    different = int(caption.max()) + 1
+    # Which image says which caption, as sorted numbers of (image, caption): a table of B x U would not fit.
+    said = (owner * different + caption).unique()
 
-    has_text = says.any(1)
-    values: dict[str, float] = {}
-    values |= _recall(
-        "image_to_text_recall",
-        images[has_text],
-        texts,
-        lambda rows, answers: says[has_text][rows[:, None], caption[answers]],
+    def says(image: Tensor, caption: Tensor) -> Tensor:
+        pair = image * different + caption
+        return said[torch.searchsorted(said, pair).clamp(max=len(said) - 1)] == pair
+
+    asking = owner.unique()
+    image_to_text = _hits(
+        images[asking], texts, lambda rows, found: says(asking[rows, None], caption[found]), ranks=ranks
     )
-    values |= _recall(
-        "text_to_image_recall", texts, images, lambda rows, answers: says[answers, caption[rows][:, None]]
-    )
-    return values
+    text_to_image = _hits(texts, images, lambda rows, found: says(found, caption[rows, None]), ranks=ranks)
+    hits = torch.stack([image_to_text, text_to_image])
+    if ranks is not None:
+        hits = ranks.sum(hits.to(ranks.device))
+    to_text, to_image = hits.tolist()
+    return {
+        **{f"image_to_text_recall@{k}": hit / len(asking) for k, hit in zip(KS, to_text, strict=True)},
+        **{f"text_to_image_recall@{k}": hit / len(texts) for k, hit in zip(KS, to_image, strict=True)},
+    }
 
 
-def _recall(
-    name: str, queries: Tensor, answers: Tensor, right: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, float]:
-    """Share of queries with a right answer among the k nearest, a block of queries at a time."""
-    most = min(max(KS), len(answers))
-    hits: list[Tensor] = []
-    for rows in torch.arange(len(queries)).split(_CHUNK):
-        nearest = (queries[rows] @ answers.T).topk(most, dim=1).indices
-        hits.append(right(rows, nearest))
-    hit = torch.cat(hits)
-    return {f"{name}@{k}": hit[:, :k].any(1).double().mean().item() for k in KS}
+def _hits(
+    queries: Tensor, answers: Tensor, right: Callable[[slice, Tensor], Tensor], *, ranks: Ranks | None
+) -> Tensor:
+    """(len(KS),) int64: how many of this rank's queries find a right answer among the k nearest.
+
+    Args:
+        queries: (Q, D).
+        answers: (A, D).
+        right: (q, n) bool: which of the answers (q, n) are right for the queries in these q rows.
+        ranks: whose share of the queries to take; None takes all.
+    """
+    hits = torch.zeros(len(KS), dtype=torch.int64, device=queries.device)
+    shared = blocks(len(queries), len(answers))
+    for rows in shared[ranks.rank :: ranks.world] if ranks else shared:
+        nearest = similarity(queries[rows], answers).topk(min(max(KS), len(answers)), dim=1).indices
+        hit = right(rows, nearest)
+        hits += torch.stack([hit[:, :k].any(1).sum() for k in KS])
+    return hits
+
+
+def blocks(queries: int, answers: int) -> list[slice]:
+    """The rows of all queries, few enough at a time that their similarities to all answers fit in memory."""
+    size = max(1, min(_QUERIES, _SCORES // answers))
+    return [slice(start, start + size) for start in range(0, queries, size)]

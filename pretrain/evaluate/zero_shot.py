@@ -1,36 +1,192 @@
-"""Zero-shot classification: the class whose prompt is nearest to the image (CLIP, arXiv 2103.00020, 3.1).
+"""Zero-shot classification: the class whose prompts are nearest to the image (CLIP, arXiv 2103.00020, 3.1).
 
-B images, C classes, D embedding width.
+B images, C classes, T templates, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.batch import Batch
+from datasets.errors import UserError
+from objectives.contrast import similarity
 from pretrain.evaluate.judge import Judge
+from pretrain.evaluate.retrieval import blocks
+
+_SENTENCES = 256
+"""About this many prompts are encoded at a time: ImageNet has 1000 x 80."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes images are sorted into, and how they are put into words."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Sentences with `{}` where the name goes."""
+    source: str = "the class list"
+    """Where they come from, for messages."""
+
+    def prompts(self) -> list[list[str]]:
+        """Of each class, each template with its name put in."""
+        return [[template.replace("{}", name) for template in self.templates] for name in self.names]
+
+
+def load_classes(spec: str) -> Classes:
+    """The classes that `spec` names.
+
+    Args:
+        spec: `imagenet` for the names and templates that open_clip bundles, or a UTF-8 text file with one
+            class name a line, in the order of the labels. A line with `{}` is a template; a file without
+            one gets the 80 of CLIP. Blank lines and lines that begin with `#` are skipped.
+
+    Raises:
+        UserError: there is no such file, it is no text, it names no class, or one twice.
+    """
+    if spec == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return Classes(tuple(IMAGENET_CLASSNAMES), default_templates(), source=spec)
+    lines = [line.strip() for line in _read(spec).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    names = tuple(line for line in lines if "{}" not in line)
+    templates = tuple(line for line in lines if "{}" in line)
+    if not names:
+        raise UserError(f"{spec} holds no class names: write one a line")
+    twice = [name for name, count in Counter(map(_normalise, names)).items() if count > 1]
+    if twice:
+        raise UserError(f"{spec} names the class {twice[0]!r} twice: keep one of the lines")
+    return Classes(names, templates or default_templates(), source=spec)
+
+
+def default_templates() -> tuple[str, ...]:
+    """The 80 that CLIP describes ImageNet with."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES  # importing it takes seconds
+
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def _read(path: str) -> str:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no class file {path}: give a text file with one class name a line, or `imagenet`"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the class file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the class file {path} is not UTF-8 text: write one class name a line") from error
+    if "\0" in text:
+        raise UserError(f"the class file {path} is not text: write one class name a line")
+    return text
+
+
+def _normalise(name: str) -> str:
+    """The form in which names are compared: lower case, and spaces, `_` and `-` are all one space."""
+    return re.sub(r"[\s_-]+", " ", name.strip().lower())
+
+
+def class_embeddings(encode: Callable[[Sequence[str]], Tensor], classes: Classes) -> Tensor:
+    """One unit embedding per class, (C, D): the mean of its prompts' unit embeddings, made unit again.
+
+    Args:
+        encode: embeddings (N, D) of N sentences; it is given a bounded number at a time.
+        classes: what to embed.
+    """
+    prompts = classes.prompts()
+    at_once = max(1, _SENTENCES // len(classes.templates))
+    means: list[Tensor] = []
+    for start in range(0, len(prompts), at_once):
+        some = prompts[start : start + at_once]
+        embeddings = F.normalize(encode([prompt for alternatives in some for prompt in alternatives]), dim=1)
+        means.append(embeddings.unflatten(0, (len(some), -1)).mean(1))
+    return F.normalize(torch.cat(means), dim=1)
+
+
+def label_indices(labels: Sequence[str | int | None], classes: Classes, *, where: str) -> Tensor:
+    """The place of each sample's class among `classes`, (B,) int64; -1 for a sample without a label.
+
+    Args:
+        labels: names, places, or None. A name is found whatever its case, and whether it is written with
+            spaces, `_` or `-`; of two classes of one name (ImageNet has such) it is the first.
+        classes: what they are labels of.
+        where: the data they come from, for messages.
+
+    Raises:
+        UserError: no sample has a label, or one is not among the classes.
+    """
+    if all(label is None for label in labels):
+        raise UserError(
+            f"{where} holds no class labels: give data with a `class` in KEY.json or a number in KEY.cls"
+        )
+    places = {_normalise(name): place for place, name in reversed(list(enumerate(classes.names)))}
+    few = ", ".join(classes.names[:3]) + (", ..." if len(classes.names) > 3 else "")
+
+    def place(label: str | int | None) -> int:
+        if label is None:
+            return -1
+        found = label if isinstance(label, int) else places.get(_normalise(label), -1)
+        if not 0 <= found < len(classes.names):
+            raise UserError(
+                f"{where} has the label {label!r:.80}, which is none of the {len(classes.names)} classes of "
+                f"{classes.source} ({few}): give the class file that belongs to this data"
+            )
+        return found
+
+    return torch.tensor([place(label) for label in labels], dtype=torch.int64)
+
+
+def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of images whose class is the nearest, and, of more than 5 classes, among the 5 nearest.
+
+    Args:
+        images: (B, D) unit embeddings.
+        classes: (C, D) unit embeddings.
+        labels: (B,) int64; images with label -1 are left out, and one at least has another.
+    """
+    ks = (1, 5) if len(classes) > 5 else (1,)
+    images, labels = images[labels >= 0], labels[labels >= 0]
+    assert len(labels) > 0, "no image has a label"
+    hits = dict.fromkeys(ks, 0)
+    for rows in blocks(len(images), len(classes)):
+        nearest = similarity(images[rows], classes).topk(max(ks), dim=1).indices
+        right = nearest == labels[rows, None]
+        for k in ks:
+            hits[k] += int(right[:, :k].sum())
+    return {f"zero_shot_top{k}": hit / len(labels) for k, hit in hits.items()}
 
 
 def predict(judge: Judge, batches: Iterable[Batch], prompts: Sequence[Sequence[str]]) -> Tensor:
-    """The class of each image, (B,) int64.
+    """The class of each image, (B,) int64, where a class scores as its best prompt does.
 
     Args:
         judge: the model.
         batches: images.
-        prompts: of each class, sentences that are alternatives: a class scores as its best prompt does.
+        prompts: of each class, sentences that are alternatives.
     """
     texts = judge.sentences([prompt for alternatives in prompts for prompt in alternatives])
     owner = torch.tensor([c for c, alternatives in enumerate(prompts) for _ in alternatives])
-    found: list[Tensor] = []
-    for batch in batches:
-        scores = judge.images(batch) @ texts.T
-        best = scores.new_full((len(scores), len(prompts)), -torch.inf)
-        best.scatter_reduce_(1, owner.expand_as(scores), scores, "amax")
-        found.append(best.argmax(1))
-    return torch.cat(found)
+    return torch.cat([best_prompt(judge.images(batch), texts, owner=owner) for batch in batches])
+
+
+def best_prompt(images: Tensor, texts: Tensor, *, owner: Tensor) -> Tensor:
+    """The class that the text nearest to each image belongs to, (B,) int64.
+
+    Args:
+        images: (B, D).
+        texts: (N, D) of all classes.
+        owner: (N,) the class of each text.
+    """
+    return owner[similarity(images, texts).argmax(1)]
 
 
 def top1(predicted: Tensor, labels: Tensor, among: Sequence[int]) -> float:

@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.errors import UserError
 from datasets.scenes import Scenes
 from objectives.base import Pass
 from objectives.lm import LM
-from pretrain import checkpoint, finish, launch, loop
-from pretrain.evaluate.final import Result
+from pretrain import checkpoint, launch, loop
+from pretrain.evaluate import during, sheet
+from pretrain.evaluate.results import Result
+from pretrain.evaluate.sheet import Sheet
 from pretrain.ledger import Ledger
 from pretrain.sinks import jsonl
+from pretrain.starts import read_starts
 
 TINY = (
     "--stages.one.batch 8 --stages.one.resolution 32 --stages.one.optim.warmup 2 --vocabulary 300 "
@@ -47,9 +51,10 @@ def final_model(out: Path) -> bytes:
 def _no_evaluation():
     """The end of a run is judged elsewhere; here it would take longer than the run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "judge", lambda training: {"nothing": Result(value=0.0)})
-        patch.setattr(finish, "draw", lambda training: None)
-        patch.setattr(launch, "draw", lambda training: None)
+        patch.setattr(during, "_examine", lambda training: {"nothing": Result(value=0.0)})
+        patch.setattr(during, "make_sheet", lambda *_, **__: Sheet(rows=(), said_by="captioner"))
+        patch.setattr(sheet, "_draw", lambda *_, **__: None)
+        patch.setattr(launch, "show", lambda training: None)
         yield
 
 
@@ -91,6 +96,45 @@ def test_a_run_leaves_what_the_readme_says(straight):
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {
         "step-00000012", "step-00000014",
     }  # fmt: skip
+
+
+def test_evaluations_come_when_they_are_due_and_one_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch):
+    """Killed inside the evaluation of step 10, the run goes on with that evaluation."""
+    out, judged = tmp_path / "run", []
+
+    def examine(training):
+        step = training.standing.step
+        judged.append(step)
+        if step == 10 and judged.count(10) == 1:
+            raise KeyboardInterrupt
+        return {"step": Result(value=float(step))}
+
+    monkeypatch.setattr(during, "_examine", examine)
+    with pytest.raises(KeyboardInterrupt):
+        launch.main(command(out, "--eval.every 5"))
+    assert launch.main(command(out, "--eval.every 5")) == launch.DONE
+    assert judged == [5, 10, 10, 14]
+    records = list(jsonl.read(out / "metrics.jsonl"))
+    found = [(record["step"], record["eval/step"]) for record in records if "eval/step" in record]
+    assert found == [(5, 5.0), (10, 10.0), (14, 14.0)]
+    assert [record["step"] for record in records if "finished" in record] == [14]
+    assert sorted(path.name for path in (out / "samples").glob("*.json")) == [
+        "step-00000005.json", "step-00000010.json", "step-00000014.json",
+    ]  # fmt: skip
+    assert [each.step for each in read_starts(out / "starts.jsonl")] == [0, 10]
+
+
+def test_an_evaluation_that_fails_halfway_is_a_warning_and_at_the_end_an_error(tmp_path, capsys, monkeypatch):
+    def examine(training):
+        raise UserError("its labels are none of the classes")
+
+    monkeypatch.setattr(during, "_examine", examine)
+    assert launch.main(command(tmp_path / "run", "--eval.every 5")) == launch.USER_ERROR
+    said = capsys.readouterr()
+    assert "warning: step 5 is not judged: its labels" in said.out
+    assert said.err == "error: its labels are none of the classes\n"
+    monkeypatch.setattr(during, "_examine", lambda training: {"nothing": Result(value=0.0)})
+    assert launch.main(command(tmp_path / "run")) == launch.DONE
 
 
 def test_the_same_command_twice_says_it_is_finished(straight, capsys):
@@ -220,11 +264,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_
 
 
 def test_a_run_without_anything_to_judge_ends_well(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finish, "judge", lambda training: {})
+    monkeypatch.setattr(during, "_examine", lambda training: {})
     for _ in range(2):
         assert launch.main(command(tmp_path / "run", "--stages.one.steps 2")) == launch.DONE
     said = capsys.readouterr().out
-    assert "nothing to judge: retrieval needs --val" in said
+    assert "nothing to evaluate on: name data by --val" in said
     assert "is finished" in said
 
 

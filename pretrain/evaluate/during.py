@@ -1,0 +1,115 @@
+"""Evaluation while a model trains: when it is due, and what is written of it."""
+
+from __future__ import annotations
+
+from datasets.errors import UserError
+from datasets.scenes import Scenes
+from datasets.source import Source
+from pretrain.evaluate.examine import Examination, examine, possible
+from pretrain.evaluate.judge import Judge
+from pretrain.evaluate.results import Results, table
+from pretrain.evaluate.scenes import examine_scenes
+from pretrain.evaluate.sheet import make_sheet, save_sheet
+from pretrain.evaluate.zero_shot import load_classes
+from pretrain.sinks.jsonl import read
+from pretrain.training import Training
+
+
+def is_due(training: Training, step: int) -> bool:
+    """Whether the model is judged after so many steps: every so often, and after the last."""
+    every = training.run.eval.every
+    return step == training.curriculum.steps or (every > 0 and step > 0 and step % every == 0)
+
+
+def is_pending(training: Training) -> bool:
+    """Whether the run stands where an evaluation is due that was never made."""
+    step, metrics = training.standing.step, training.rundir.metrics
+    if not is_due(training, step):
+        return False
+
+    def made() -> bool:
+        records = (record for record in read(metrics) if record["step"] == step)
+        return any(name == "finished" or name.startswith("eval/") for each in records for name in each)
+
+    return not training.ranks.on_zero(made)
+
+
+def check(training: Training) -> None:
+    """Refuse an evaluation that cannot be made, before hours of training lead up to it.
+
+    Raises:
+        UserError: a class file that is none, or data on which this model cannot be judged at all.
+    """
+    if training.val is not None:
+        possible(judge_of(training), _examination(training, training.val))
+
+
+def evaluate(training: Training) -> None:
+    """Judge the model on all ranks together, write a sample sheet, and tell the sinks."""
+    with training.clock.pause():
+        try:
+            results = _examine(training)
+        except UserError as error:
+            if training.standing.step == training.curriculum.steps:
+                raise
+            # Half-way, training matters more: what cannot be judged can be mended until the end.
+            training.sink.note(f"warning: step {training.standing.step} is not judged: {error}")
+            return
+        if training.ranks.zero:
+            _tell(training, results)
+        training.ranks.wait()
+
+
+def judge_of(training: Training) -> Judge:
+    """The model as evaluation sees it."""
+    return Judge(model=training.pretrainer.model, tokenizer=training.tokenizer, compute=training.compute)
+
+
+def _examine(training: Training) -> Results:
+    judge, ranks = judge_of(training), training.ranks
+    if _on_scenes(training):
+        return examine_scenes(judge, resolution=_resolution(training), ranks=ranks)
+    if training.val is None:
+        return {}
+    examination = _examination(training, training.val)
+    results = examine(judge, examination, ranks=ranks)
+    for note in examination.notes:
+        training.sink.note(note)
+    return results
+
+
+def _examination(training: Training, val: Source) -> Examination:
+    settings, last = training.run.eval, training.standing.step == training.curriculum.steps
+    return Examination(
+        source=val,
+        resolution=_resolution(training),
+        classes=load_classes(settings.classes) if settings.classes else None,
+        limit=None if last else settings.limit or None,
+    )
+
+
+def _tell(training: Training, results: Results) -> None:
+    step, samples = training.standing.step, training.standing.position
+    source = Scenes(split="test") if _on_scenes(training) else training.val
+    if source is not None:
+        sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))
+        save_sheet(sheet, training.rundir.samples, step=step, samples=samples)
+    values = {f"eval/{name}": result.value for name, result in results.items()}
+    last = step == training.curriculum.steps
+    training.sink.step(step, {"samples": samples, **values, **({"finished": 1.0} if last else {})})
+    if not results:
+        lines = ["nothing to evaluate on: name data by --val"]
+    elif last:
+        lines = ["", *table(results), ""]
+    else:
+        lines = [f"step {step}: " + "  ".join(f"{name} {each.value:.3f}" for name, each in results.items())]
+    for line in lines:
+        training.sink.note(line)
+
+
+def _on_scenes(training: Training) -> bool:
+    return (training.run.val or training.run.data) == "scenes"
+
+
+def _resolution(training: Training) -> int:
+    return training.curriculum.stretch_of(max(0, training.standing.step - 1)).stage.resolution

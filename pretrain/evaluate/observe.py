@@ -1,0 +1,134 @@
+"""What a model makes of a whole data set, in one run of its encoders that the ranks share.
+
+B images, N texts, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datasets.errors import UserError
+from datasets.loader import Examined, evaluation_batches
+from datasets.source import Source
+from pretrain.distributed import Ranks
+from pretrain.evaluate.judge import Judge, Look
+
+_BATCH = 256
+_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """A data set as a model sees it; the same on every rank, and bit by bit on any number of them.
+
+    Samples that cannot be read are left out.
+    """
+
+    keys: tuple[str, ...]
+    """B names."""
+    features: Tensor
+    """(B, D) of the images; see `Look`."""
+    labels: tuple[str | int | None, ...]
+    """B classes, where they are known."""
+    references: tuple[tuple[str, ...], ...]
+    """Of each image its captions."""
+    texts: Tensor | None
+    """(N, D) embeddings of all captions."""
+    owner: Tensor
+    """(N,) the image of each."""
+    text_id: Tensor
+    """(N,) equal for equal captions."""
+    said: tuple[str, ...] | None
+    """Of each image a generated caption."""
+    loss: float
+    """Negative log likelihood of all captions together, over `tokens`."""
+    tokens: int
+    masked: int
+    """Samples that were left out."""
+
+
+def observe(
+    judge: Judge,
+    source: Source,
+    *,
+    resolution: int,
+    ranks: Ranks,
+    limit: int | None = None,
+    write: bool = True,
+) -> Observed:
+    """Run a model over a data set.
+
+    Args:
+        judge: the model.
+        source: the data, of a known size or cut by `limit`.
+        resolution: side of the images in pixels.
+        ranks: those that share the work; each gets all of the result.
+        limit: samples to look at, the first ones.
+        write: whether to generate captions, where the model can.
+
+    Raises:
+        UserError: not one sample can be read.
+    """
+    batches = evaluation_batches(
+        source,
+        judge.tokenizer,
+        batch=_BATCH,
+        resolution=resolution,
+        limit=limit,
+        rank=ranks.rank,
+        ranks=ranks.world,
+        threads=_THREADS,
+    )
+    parts = [_part(examined, judge.look(examined.batch, write=write)) for examined in batches]
+    if ranks.group is not None:
+        everyone: list[list[Observed]] = [[] for _ in range(ranks.world)]
+        dist.all_gather_object(everyone, parts, group=ranks.group)
+        parts = [part for mine in everyone for part in mine]
+    if not any(part.keys for part in parts):
+        raise UserError(f"not one sample of {source.name} can be read")
+    return _join(parts)
+
+
+def _part(examined: Examined, look: Look) -> Observed:
+    """One batch, without what could not be read."""
+    batch, kept = examined.batch, examined.batch.image_valid
+    place = torch.where(kept, kept.cumsum(0) - 1, -1)
+    pairs = batch.pair_valid
+    good = [at for at, valid in enumerate(kept.tolist()) if valid]
+    samples = [examined.samples[at] for at in good]
+    return Observed(
+        keys=tuple(sample.key for sample in samples),
+        features=look.features[kept],
+        labels=tuple(sample.label for sample in samples),
+        references=tuple(sample.captions for sample in samples),
+        texts=None if look.texts is None else look.texts[pairs],
+        owner=place[batch.image_index[pairs]],
+        text_id=batch.text_id[pairs],
+        said=None if look.said is None else tuple(look.said[at] for at in good),
+        loss=look.loss,
+        tokens=look.tokens,
+        masked=len(examined.samples) - len(good),
+    )
+
+
+def _join(parts: list[Observed]) -> Observed:
+    starts = torch.tensor([0, *(len(part.keys) for part in parts)]).cumsum(0).tolist()
+    texts = [part.texts for part in parts if part.texts is not None]
+    said = [part.said for part in parts if part.said is not None]
+    return Observed(
+        keys=tuple(key for part in parts for key in part.keys),
+        features=torch.cat([part.features for part in parts]),
+        labels=tuple(label for part in parts for label in part.labels),
+        references=tuple(each for part in parts for each in part.references),
+        texts=torch.cat(texts) if texts else None,
+        owner=torch.cat([part.owner + start for part, start in zip(parts, starts, strict=False)]),
+        text_id=torch.cat([part.text_id for part in parts]),
+        said=tuple(each for one in said for each in one) if said else None,
+        loss=sum(part.loss for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        masked=sum(part.masked for part in parts),
+    )

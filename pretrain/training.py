@@ -1,0 +1,52 @@
+"""Everything that is built before the first step, and what changes while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from datasets.source import Source
+from datasets.tokens import Tokenizer
+from pretrain.clock import Clock
+from pretrain.config import Run
+from pretrain.curriculum import Curriculum
+from pretrain.distributed import Ranks
+from pretrain.ledger import Ledger
+from pretrain.precision import Compute
+from pretrain.pretrainer import Pretrainer
+from pretrain.rundir import RunDir
+from pretrain.sinks import Sink
+from pretrain.starts import Starts
+from pretrain.state import Standing
+from pretrain.step import StepReport, Wrapped
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What the loop works with, built by `pretrain.launch` in the order data flows."""
+
+    run: Run
+    source: Source
+    val: Source | None
+    """What the model is judged on, where it is not the built-in scenes."""
+    tokenizer: Tokenizer
+    pretrainer: Pretrainer
+    wrapped: Wrapped
+    optimizer: torch.optim.Optimizer
+    curriculum: Curriculum
+    compute: Compute
+    ranks: Ranks
+    rundir: RunDir
+    sink: Sink
+    ledger: Ledger | None
+    """Rank zero's; the others have none."""
+    standing: Standing
+    starts: Starts
+    """What interruptions have cost so far."""
+    clock: Clock = field(default_factory=Clock)
+    pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
+    """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
+    named: set[str] = field(default_factory=set)
+    """Keys of masked samples that were already said aloud."""

@@ -1,0 +1,77 @@
+"""A data set through a model: the same bits on any number of ranks, without what cannot be read."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from datasets.errors import UserError
+from datasets.sources import open_source
+from datasets.views import Augment
+from pretrain.distributed import Ranks
+from pretrain.evaluate import observe as module
+from pretrain.evaluate.observe import observe
+from pretrain.testing import untrained_judge
+
+ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+
+
+def opened(spec):
+    return open_source(spec, seed=0, split="test", augment=Augment())
+
+
+def beside(place, colour):
+    return {"captions": [f"a {colour} square", f"number {place}"][: 1 + place % 2], "class": colour}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory, write_shard):
+    return write_shard(tmp_path_factory.mktemp("data") / "a.tar", 13, beside=beside, damaged=(4, 12))
+
+
+def plain(observed):
+    return {
+        field.name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for field in dataclasses.fields(observed)
+        for value in [getattr(observed, field.name)]
+    }
+
+
+def observe_on(ranks, shard):
+    """On each rank of the pool."""
+    module._BATCH = 4
+    return plain(observe(untrained_judge(), opened(shard), resolution=32, ranks=ranks))
+
+
+def test_the_same_on_any_number_of_ranks(judge, shard, pool, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 4)
+    alone = plain(observe(judge, opened(shard), resolution=32, ranks=ALONE))
+    for world in (1, 2, 4):
+        for found in pool.run(observe_on, world, shard=shard):
+            assert found == alone
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(judge, shard, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 4)
+    seen = observe(judge, opened(shard), resolution=32, ranks=ALONE)
+    kept = [place for place in range(13) if place not in (4, 12)]
+    assert seen.masked == 2
+    assert seen.said is not None
+    assert [int(key.rpartition("/")[2]) for key in seen.keys] == kept
+    assert seen.labels == tuple(["red", "green", "blue"][place % 3] for place in kept)
+    assert len(seen.features) == len(seen.references) == len(seen.said) == len(kept)
+    captions = [(at, caption) for at, each in enumerate(seen.references) for caption in each]
+    assert seen.owner.tolist() == [at for at, _ in captions]
+    texts = judge.sentences([caption for _, caption in captions])
+    torch.testing.assert_close(seen.texts, texts, rtol=1e-5, atol=1e-6)
+    assert len(set(seen.text_id.tolist())) == len({caption for _, caption in captions})
+
+
+def test_a_limit_looks_at_the_first(judge, shard):
+    assert len(observe(judge, opened(shard), resolution=32, ranks=ALONE, limit=3).keys) == 3
+
+
+def test_nothing_to_see_is_said(judge, tmp_path, write_shard):
+    shard = write_shard(tmp_path / "bad.tar", 2, beside=beside, damaged=(0, 1))
+    with pytest.raises(UserError, match=r"not one sample of .*bad\.tar can be read"):
+        observe(judge, opened(shard), resolution=32, ranks=ALONE)

@@ -59,8 +59,8 @@ def test_rouge_has_the_precision_and_recall_of_torchmetrics():
     from torchmetrics.functional.text.rouge import rouge_score
 
     for said, reference in zip(captions(20, seed=2), captions(20, seed=3), strict=True):
-        plain = [" ".join(words(each)) for each in (said, reference)]
-        found = rouge_score(*plain, rouge_keys="rougeL", tokenizer=str.split, normalizer=str)
+        plain, right = " ".join(words(said)), " ".join(words(reference))
+        found = rouge_score(plain, right, rouge_keys="rougeL", tokenizer=str.split, normalizer=str)
         precision, recall = (float(found[f"rougeL_{each}"]) for each in ("precision", "recall"))
         f = (1 + 1.44) * precision * recall / (recall + 1.44 * precision) if precision else 0.0
         assert caption_metrics([said], [[reference]])["rouge_l"] == pytest.approx(f)

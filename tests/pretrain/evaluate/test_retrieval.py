@@ -16,7 +16,7 @@ def ragged(images: int, *, equal: bool = False, ties: bool = False) -> dict[str,
     image = F.normalize(torch.randn(images, 8, generator=random), dim=1)
     owner = torch.arange(images).repeat_interleave(torch.randint(0, 5, (images,), generator=random))
     owner = owner[torch.randperm(len(owner), generator=random)]
-    text = F.normalize(image[owner] + 1.2 * torch.randn(len(owner), 8, generator=random), dim=1)
+    text = F.normalize(image[owner] + 0.6 * torch.randn(len(owner), 8, generator=random), dim=1)
     if ties:
         image[1::2], text[1::2] = image[: len(image) // 2 * 2 : 2], text[: len(text) // 2 * 2 : 2]
     known = len(owner) // 4 if equal else 10**6

@@ -54,7 +54,7 @@ def test_imagenet_is_built_in():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no class file .*; give a text file with one class name a line, or `imagenet`"),
+        (None, "there is no class file .*: give a text file with one class name a line, or `imagenet`"),
         (b"", "holds no class names: write one a line"),
         (b"# only this\n\na photo of a {}\n", "holds no class names"),
         (b"apple\npear\nApple\n", "names the class 'apple' twice: keep one of the lines"),

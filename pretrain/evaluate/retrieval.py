@@ -5,36 +5,18 @@ B images, N texts, D embedding width, U different captions, Q queries, A answers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from datasets.batch import Batch
 from objectives.contrast import similarity
 from pretrain.distributed import Ranks
-from pretrain.evaluate.judge import Judge
 
 KS = (1, 5, 10)
 _QUERIES = 1024
 _SCORES = 1 << 26
 """At most this many queries, and about this many similarities (256 MiB), are looked at together."""
-
-
-def retrieval(judge: Judge, batches: Iterable[Batch]) -> dict[str, float]:
-    """Recall over the pairs of all batches; masked samples are left out."""
-    images, texts, owners, ids = [], [], [], []
-    count = 0
-    for batch in batches:
-        kept = batch.image_valid.nonzero().squeeze(1)
-        place = torch.full((len(batch.images),), -1)
-        place[kept] = torch.arange(len(kept)) + count
-        images.append(judge.images(batch)[kept])
-        texts.append(judge.texts(batch)[batch.pair_valid])
-        owners.append(place[batch.image_index[batch.pair_valid]])
-        ids.append(batch.text_id[batch.pair_valid])
-        count += len(kept)
-    return recalls(torch.cat(images), torch.cat(texts), owner=torch.cat(owners), text_id=torch.cat(ids))
 
 
 def recalls(

@@ -6,8 +6,9 @@ B images, C classes, T templates, D embedding width.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.batch import Batch
 from datasets.errors import UserError
 from objectives.contrast import similarity
-from pretrain.evaluate.judge import Judge
 from pretrain.evaluate.retrieval import blocks
 
 _SENTENCES = 256
@@ -63,7 +62,7 @@ def load_classes(spec: str) -> Classes:
         raise UserError(f"{spec} holds no class names: write one a line")
     twice = [name for name, count in Counter(map(_normalise, names)).items() if count > 1]
     if twice:
-        raise UserError(f"{spec} names the class {twice[0]!r} twice: keep one of the lines")
+        raise UserError(f"{spec} names the class {twice[0]!r:.80} twice: keep one of the lines")
     return Classes(names, templates or default_templates(), source=spec)
 
 
@@ -129,7 +128,7 @@ def label_indices(labels: Sequence[str | int | None], classes: Classes, *, where
             f"{where} holds no class labels: give data with a `class` in KEY.json or a number in KEY.cls"
         )
     places = {_normalise(name): place for place, name in reversed(list(enumerate(classes.names)))}
-    few = ", ".join(classes.names[:3]) + (", ..." if len(classes.names) > 3 else "")
+    few = textwrap.shorten(", ".join(classes.names), 60, placeholder=" ...")
 
     def place(label: str | int | None) -> int:
         if label is None:
@@ -165,21 +164,8 @@ def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float
     return {f"zero_shot_top{k}": hit / len(labels) for k, hit in hits.items()}
 
 
-def predict(judge: Judge, batches: Iterable[Batch], prompts: Sequence[Sequence[str]]) -> Tensor:
-    """The class of each image, (B,) int64, where a class scores as its best prompt does.
-
-    Args:
-        judge: the model.
-        batches: images.
-        prompts: of each class, sentences that are alternatives.
-    """
-    texts = judge.sentences([prompt for alternatives in prompts for prompt in alternatives])
-    owner = torch.tensor([c for c, alternatives in enumerate(prompts) for _ in alternatives])
-    return torch.cat([best_prompt(judge.images(batch), texts, owner=owner) for batch in batches])
-
-
 def best_prompt(images: Tensor, texts: Tensor, *, owner: Tensor) -> Tensor:
-    """The class that the text nearest to each image belongs to, (B,) int64.
+    """The class of each image where a class scores as its best prompt does, (B,) int64.
 
     Args:
         images: (B, D).

@@ -71,6 +71,10 @@ def test_the_best_precision_and_the_best_recall_may_be_of_two_references():
     assert caption_metrics(["a dog runs"], [["a big dog runs over grass", "a dog"]])["rouge_l"] == 1.0
 
 
+def test_of_two_references_as_near_in_length_the_shorter_decides_whether_a_caption_is_short():
+    assert caption_metrics(["a dog runs over"], [["a dog runs over grass", "a dog runs"]])["bleu_1"] == 1.0
+
+
 def test_a_caption_that_is_its_reference_has_the_highest_score():
     said = ["a red dog runs over grass", "two cats sit under one tree"]
     found = caption_metrics(said, [[each, "something else"] for each in said])

@@ -12,6 +12,7 @@ from datasets.views import Augment
 from objectives.base import Objective
 from pretrain.optim import Optim
 from pretrain.precision import Precision
+from pretrain.sinks.mirrored import Wandb
 from pretrain.zoo.models import ModelConfig
 
 
@@ -98,6 +99,8 @@ class Run:
     """Reports and checkpoints."""
     eval: Eval = field(default_factory=Eval)
     """Evaluations."""
+    wandb: Wandb = field(default_factory=Wandb)
+    """The copy in W&B."""
     loader_threads: int = 2
     """Threads of each rank that read and decode ahead."""
     seed: int = 0
@@ -116,6 +119,7 @@ class Run:
         if not self.stages:
             raise UserError("a run needs at least one stage")
         self.model.check()
+        self.wandb.wanted()
         for name, objective in self.objectives.items():
             if hasattr(nn.ModuleDict, name):
                 raise UserError(

@@ -33,9 +33,10 @@ from pretrain.parallel import wrap
 from pretrain.precision import compute_for
 from pretrain.preempt import Preemption
 from pretrain.rundir import RunDir, open_run, record
-from pretrain.sinks import Fanout
+from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines
+from pretrain.sinks.mirrored import Mirrored
 from pretrain.starts import Starts, record_start
 from pretrain.state import Standing, restore
 from pretrain.threads import settle_threads
@@ -122,7 +123,10 @@ def build(
     sink, ledger, starts = Fanout(), None, Starts(restarts=0, lost_steps=0)
     if ranks.zero:
         screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
-        sink = Fanout([screen, JsonLines(rundir.metrics, after=standing.step)])
+        sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
+        if run.wandb.wanted() != "disabled":
+            sinks.append(Mirrored(rundir, say=screen.note))
+        sink = Fanout(sinks)
         ledger = Ledger(rundir.ledger, ranks=ranks.world)
         stack.callback(ledger.close)
         starts = record_start(

@@ -190,7 +190,7 @@ def _has_content(path: Path) -> bool:
 
 
 def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int = 3) -> list[str]:
-    old, new = dict(_leaves(there)), dict(_leaves(here))
+    old, new = dict(leaves(there)), dict(leaves(here))
     keys = [
         key
         for key in {**old, **new}
@@ -202,9 +202,10 @@ def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int 
     return [*named[:limit], f"and {len(named) - limit} more"] if len(named) > limit else named
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a configuration and what they hold."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree

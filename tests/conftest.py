@@ -1,11 +1,13 @@
 """One pool of ranks for the whole session, and one thread: the suite runs beside others."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["WANDB_MODE"] = "disabled"  # the tests of the mirror say otherwise
 
 
 @pytest.fixture(autouse=True)

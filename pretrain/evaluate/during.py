@@ -7,7 +7,7 @@ from datasets.scenes import Scenes
 from datasets.source import Source
 from pretrain.evaluate.examine import Examination, examine, possible
 from pretrain.evaluate.judge import Judge
-from pretrain.evaluate.results import Results, table
+from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.sheet import make_sheet, save_sheet
 from pretrain.evaluate.zero_shot import load_classes
@@ -94,6 +94,8 @@ def _tell(training: Training, results: Results) -> None:
     if source is not None:
         sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))
         save_sheet(sheet, training.rundir.samples, step=step, samples=samples)
+    data = training.run.val or training.run.data
+    save(training.rundir.evaluations / "val.json", results, step=step, data=data)
     values = {f"eval/{name}": result.value for name, result in results.items()}
     last = step == training.curriculum.steps
     training.sink.step(step, {"samples": samples, **values, **({"finished": 1.0} if last else {})})

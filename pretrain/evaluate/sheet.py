@@ -109,15 +109,14 @@ def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
     for place, row in enumerate(sheet.rows, start=1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
         axes.imshow(row.image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         right = row.said in row.references
         reference = row.references[0] if row.references else ""
         axes.set_title(_wrapped(row.said), fontsize=8, color="#1a7f37" if right else "#1f5fa8")
-        axes.text(
-            0.5, -0.02, _wrapped(reference), fontsize=7, color="#666666", ha="center", va="top",
-            transform=axes.transAxes, parse_math=False,
-        )  # fmt: skip
-        axes.title.set_parse_math(False)  # a caption may hold a dollar sign
+        axes.set_xlabel(_wrapped(reference), fontsize=7, color="#666666", labelpad=3)
+        for text in (axes.title, axes.xaxis.label):
+            text.set_parse_math(False)  # a caption may hold a dollar sign
     figure.suptitle(f"step {step}: above, by the {sheet.said_by}; below, the reference", fontsize=9)
     figure.savefig(path)
 

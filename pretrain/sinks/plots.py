@@ -97,7 +97,7 @@ def _panel(axes: Axes, title: str, samples: np.ndarray, values: np.ndarray) -> N
         axes.plot(samples, values, color=_SMOOTH, linewidth=1.6)
     else:
         axes.plot(samples, values, color=_RAW, linewidth=0.8)
-        axes.plot(samples, _smooth(values), color=_SMOOTH, linewidth=1.8)
+        axes.plot(samples, smooth(values), color=_SMOOTH, linewidth=1.8)
     axes.set_title(title, fontsize=11, color=_INK, loc="left")
     axes.set_xlabel("samples seen", fontsize=9, color=_INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -108,7 +108,7 @@ def _panel(axes: Axes, title: str, samples: np.ndarray, values: np.ndarray) -> N
     axes.tick_params(colors=_INK, labelsize=8, color="#bbbbbb")
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """(n,) moving average over a twentieth of the series: centred, narrower at the steep start."""
     half = max(len(values) // 40, 1)
     total = np.concatenate([[0.0], np.cumsum(values)])

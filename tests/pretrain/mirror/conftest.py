@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -112,6 +113,7 @@ class Server(ThreadingHTTPServer):
         self.history, self.summary, self.config = [], {}, {}
         self.exit_codes, self.uploaded, self.tables = [], set(), []
         self.run, self.rewinds = None, True
+        self.down = False
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -201,6 +203,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format, *args):  # noqa: A002
         pass
 
+    def parse_request(self):
+        return super().parse_request() and not self.server.down  # what it does not parse it hangs up on
+
     def body(self):
         if self.headers.get("transfer-encoding") != "chunked":
             content = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -235,11 +240,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(self.server.stream(json.loads(body)))
             elif self.path.endswith("/graphql"):
                 asked = json.loads(body)
-                operation = re.search(r"(?:query|mutation) (\w+)", asked["query"])[1]
+                (operation,) = re.findall(r"^(?:query|mutation) (\w+)", asked["query"].strip())
                 data = self.server.graphql(operation, asked.get("variables") or {})
-                self.answer(
-                    {"data": data} if data else {"errors": [{"message": f"{operation} is not for you"}]}
-                )
+                refused = {"errors": [{"message": f"{operation} is not for you"}]}
+                self.answer(refused if data is None else {"data": data})
             else:
                 self.answer({}, 404)
 
@@ -247,18 +251,19 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def mirror(run, tmp_path):
     """`python -m pretrain.mirror RUN_DIR ...` in a fork that has imported everything; what it says."""
-    import wandb  # noqa: F401
+    import wandb.sdk.launch  # noqa: F401  # the most that `wandb.init` imports late
 
     def mirror(*arguments, code=0):
         said = tmp_path / "said"
         child = os.fork()
         if child == 0:
             ended = 70
-            try:
-                with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+                try:
                     ended = main([str(run.rundir.root), *arguments])
-            finally:
-                os._exit(ended)
+                except BaseException:
+                    traceback.print_exc()
+            os._exit(ended)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code, said.read_text()
         return said.read_text()
 

@@ -183,8 +183,8 @@ class Browser:
         return answer["result"].get("value")
 
     def screenshot(self):
-        """The whole page as PNG."""
-        return base64.b64decode(self.tell("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        """What is seen without scrolling, as PNG."""
+        return base64.b64decode(self.tell("Page.captureScreenshot")["data"])
 
     def complaints(self):
         """Everything that was written to the console."""

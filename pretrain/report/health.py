@@ -1,0 +1,105 @@
+"""How a run stands, what it took, and what interrupted it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from pretrain.report.collect import RunData
+from pretrain.report.markup import Child, node, table
+from pretrain.report.timing import Timing, timing
+from pretrain.report.words import count, date, duration, share
+
+
+def facts(run: RunData) -> dict[str, Child]:
+    """What there is to know at a glance."""
+    if run.finished:
+        state = node("span", "finished", class_="finished")
+    else:
+        words = f"at step {run.step:,} of {run.steps:,}" if run.step else "no report yet"
+        state = node("span", words, class_="unfinished")
+    found: dict[str, Child] = {"State": state, "Samples seen": count(run.samples)}
+    took = timing(run)
+    if took is not None:
+        found["Wall time"] = duration(took.total)
+    if "time" in run.series:
+        found["Newest report"] = date(run.series["time"].values[-1])
+    left = run.last("perf/seconds_left")
+    if left is not None and not run.finished:
+        found["Time left"] = duration(left)
+    if isinstance(run.config.get("objectives"), dict):
+        found["Objectives"] = ", ".join(map(str, run.config["objectives"]))
+    found["Data"] = str(run.config.get("data"))
+    if run.starts:
+        ranks, device = run.starts[-1].ranks, run.starts[-1].device
+        found["Trained on"] = f"{device}, {ranks} process{'es' if ranks > 1 else ''}"
+    return found
+
+
+def vitals(run: RunData) -> dict[str, Child]:
+    """Timing and data health."""
+    found: dict[str, Child] = {}
+    measured: dict[str, tuple[str, Callable[[np.ndarray], float], Callable[[float], str]]] = {
+        "samples per second, median": ("perf/samples_per_second", np.median, count),
+        "share of time waiting for data, mean": ("perf/data_wait", np.mean, share),
+        "seconds per step, median": ("perf/step_seconds_p50", _newest, "{:.3g}".format),
+        "seconds per step, 99th percentile": ("perf/step_seconds_p99", _newest, "{:.3g}".format),
+        "memory, most, GiB": ("perf/memory_gib", np.max, "{:.3g}".format),
+    }
+    for label, (name, summary, words) in measured.items():
+        if name in run.series:
+            found[label] = words(float(summary(run.series[name].values)))
+    took = timing(run)
+    if took is not None:
+        found["restarts"] = _restarts(run, took)
+        found["goodput: training time of total time"] = _goodput(took)
+    masked = run.last("data/masked")
+    if masked is not None:
+        found["samples that could not be read"] = count(masked) + (
+            f" ({share(masked / run.samples)} of those seen)" if masked else ""
+        )
+    return found
+
+
+def starts(run: RunData) -> Element | None:
+    """Every start of a run that was interrupted."""
+    took = timing(run)
+    if took is None or len(run.starts) < 2:
+        return None
+    rows: list[list[Child]] = [
+        [date(each.time), count(each.step), count(each.lost), duration(gap), f"{each.ranks} x {each.device}"]
+        for each, gap in zip(run.starts, took.gaps, strict=True)
+    ]
+    return table(["start", "from step", "steps done again", "interrupted for", "trained on"], rows)
+
+
+def _newest(values: np.ndarray) -> float:
+    return values[-1]
+
+
+def _restarts(run: RunData, took: Timing) -> str:
+    if len(run.starts) == 1:
+        return "none"
+    lost = count(sum(each.lost for each in run.starts))
+    return f"{len(run.starts) - 1}, {lost} steps done again, interrupted for {duration(took.interrupted)}"
+
+
+def _goodput(took: Timing) -> Child:
+    """The share in figures, and a bar of where the time went."""
+    if took.total <= 0:
+        return None
+    parts = {
+        "training": took.training,
+        "starting, evaluating, saving": took.other,
+        "interrupted": took.interrupted,
+    }
+    bar, words, at = node("svg", class_="bar", viewBox="0 0 100 1", preserveAspectRatio="none"), [], 0.0
+    for place, (label, seconds) in enumerate(parts.items()):
+        width = 100 * seconds / took.total
+        bar.append(node("rect", class_=f"part-{place}", x=f"{at:.2f}", width=f"{width:.2f}", height="1"))
+        if seconds:
+            words += [node("i", class_=f"swatch part-{place}"), f"{label} {share(seconds / took.total)} "]
+        at += width
+    return node("span", share(took.training / took.total), bar, node("small", *words))

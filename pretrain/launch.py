@@ -122,16 +122,16 @@ def build(
 
     sink, ledger, starts = Fanout(), None, Starts(restarts=0, lost_steps=0)
     if ranks.zero:
-        screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
-        sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
-        if run.wandb.wanted() != "disabled":
-            sinks.append(Mirrored(rundir, say=screen.note))
-        sink = Fanout(sinks)
         ledger = Ledger(rundir.ledger, ranks=ranks.world)
         stack.callback(ledger.close)
         starts = record_start(
             rundir.starts, step=standing.step, done=ledger.done, ranks=ranks.world, device=ranks.device.type
         )
+        screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
+        sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
+        if run.wandb.wanted() != "disabled":
+            sinks.append(Mirrored(rundir, say=screen.note))
+        sink = Fanout(sinks)
     stack.callback(sink.close)
     for message in [*messages, *introduction(command, curriculum, standing)]:
         sink.note(message)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from datasets.atomic import replace
+from datasets.errors import UserError
 from pretrain.mirror.reach import answers
 from pretrain.mirror.rows import Row
 from pretrain.rundir import RunDir
@@ -76,9 +77,7 @@ class Upload:
             if not judged or step <= self._judged:
                 return
             # An earlier start sent the report of this step and ended before its evaluation.
-            row = {
-                name: row[name] for name in row if _is_judgement(name) or name in ("step", "samples", "time")
-            }
+            row = {name: row[name] for name in row if _is_judgement(name) or name in _WHEN}
         when = {"_timestamp": row["time"]} if "time" in row else {}
         values = {name: value for name, value in row.items() if name != "time"}
         if judged:
@@ -108,10 +107,11 @@ class Upload:
             goal = _goal(name)
             if goal is None:
                 continue
-            if name not in self._best:
+            before = self._best.get(name)
+            if before is None:
                 self._run.define_metric(name, step_metric="samples", summary="none")
-            best = self._best.get(name, {}).get(goal.__name__, value)
-            self._best[name] = {goal.__name__: goal(best, value), "last": value}
+            best = value if before is None else goal(before[goal.__name__], value)
+            self._best[name] = {goal.__name__: best, "last": value}
 
     def _pictures(self, step: int) -> Row:
         """The sample sheet of a step and, as a table, what it shows; nothing if there is none."""
@@ -146,6 +146,9 @@ def begin(
         last: the last step of the records: what the server has of later ones is abandoned.
         trainer: process whose use of the machine is watched; None if none is training.
         say: takes a sentence for the user.
+
+    Raises:
+        UserError: a project, entity or name that W&B does not allow.
     """
     mode = settings.wanted()
     # The library reads these when it is imported, and before it looks for a key.
@@ -183,7 +186,10 @@ def begin(
         except wandb.Error as error:
             forget()
             reason = _one_line(error)
-    run = start(id=_run_id(rundir), mode="offline")
+    try:
+        run = start(id=_run_id(rundir), mode="offline")
+    except wandb.Error as error:
+        raise UserError(f"W&B does not take these settings: {_one_line(error)}") from error
     say(
         f"W&B: offline ({reason}): {Path(run.dir).parent}; "
         f"`python -m pretrain.mirror {rundir.root} --mode online` uploads it"
@@ -220,7 +226,8 @@ def _online(
     if has > last:
         run.finish()
         try:
-            run, has, judged = start(resume_from=f"{run_id}?_step={last}", mode="online"), last, last
+            run = start(resume_from=f"{run_id}?_step={last}", mode="online")
+            has, judged = last, min(judged, last)
         except wandb.Error as error:
             forget()
             run = go_on()

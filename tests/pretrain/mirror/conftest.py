@@ -79,21 +79,12 @@ class Recorded:
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, logged_out):
     return Recorded(tmp_path / "run")
 
 
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
-    (tmp_path / "home").mkdir()
-
-
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, logged_out):
     """A server that one is logged in to."""
     server = Server()
     monkeypatch.setenv("WANDB_BASE_URL", server.url)

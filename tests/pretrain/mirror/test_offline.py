@@ -47,8 +47,9 @@ def test_an_offline_run_is_the_run_directory(run, mirror, offline):
     summary = {}
     for each in found["summary"]:
         summary |= each["update"]
-    print(summary)
     assert summary["eval/zero_shot_top1"] == {"max": 0.25, "last": 0.125}
+    assert summary["eval/perplexity"] == {"min": 4, "last": 8}
+    assert summary["train/loss"] == {"min": 1.25, "last": 1.25}
 
     for step in (4, 8):
         row = history(found)[step]
@@ -119,6 +120,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(run, mirror, offl
         (lambda run: run.rundir.run_yaml.unlink(), "holds no run.yaml of a run: name the directory of one"),
         (lambda run: run.rundir.run_yaml.write_text("- 1"), "holds no run.yaml of a run"),
         (lambda run: run.rundir.run_yaml.write_text("wandb: {mode: disabled}"), "add --mode online"),
+        (lambda run: run.rundir.run_yaml.write_text("wandb: {project: a/b}"), "Invalid project name 'a/b'"),
         (lambda run: run.rundir.wandb.write_text("a file"), "cannot be written"),
     ],
 )

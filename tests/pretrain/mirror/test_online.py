@@ -44,12 +44,15 @@ def test_a_run_is_sent_once_whole(run, mirror, server):
 
 def test_a_later_start_sends_what_is_new(run, mirror, server):
     run.report(2, 4)
+    run.evaluation(4)
     mirror()
     assert server.exit_codes == [1], "not finished"
     run.resume(4)
     run.report(6, 8)
+    run.evaluation(8)
     mirror()
     assert_each_step_once(server, run.truth)
+    assert server.summary["eval/zero_shot_top1"] == {"max": 0.25, "last": 0.125}, "the best of all starts"
 
 
 def test_an_evaluation_that_came_after_its_report_was_sent_arrives(run, mirror, server):
@@ -78,6 +81,17 @@ def test_steps_that_training_abandoned_are_rewound(run, mirror, server):
     assert run.truth[6]["time"] != server.history[2]["_timestamp"], "it was done again"
     mirror()
     assert_each_step_once(server, run.truth)
+
+
+def test_an_evaluation_that_a_rewind_leaves_out_arrives(run, mirror, server):
+    run.report(2, 4)
+    mirror()
+    run.report(6)
+    mirror()
+    run.resume(4)  # killed in the evaluation of 4, and again after 6, which is void
+    run.evaluation(4)
+    mirror()
+    assert steps(server) == [(2, 2), (4, 4), (5, 4)]
 
 
 def test_where_the_server_does_not_rewind_its_steps_stay_and_training_goes_on(run, mirror, server):

@@ -15,15 +15,8 @@ from pretrain.sinks import mirrored
 from pretrain.sinks.jsonl import JsonLines
 from pretrain.sinks.mirrored import Mirrored, Wandb
 
+pytestmark = pytest.mark.usefixtures("logged_out")
 RUN_YAML = "data: scenes\nwandb: {mode: offline}\n"
-
-
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
 @pytest.fixture

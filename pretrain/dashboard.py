@@ -1,0 +1,196 @@
+"""The dashboard of a run's W&B project, as code: `python -m pretrain.dashboard RUN_DIR`.
+
+What is on it follows from what the run is and not from what it has reported, so it can be made at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets.errors import UserError
+from objectives import kind_of, objective_class
+from pretrain import runfile
+from pretrain.config import Run
+from pretrain.mirror.reach import answers
+from pretrain.mirror.upload import project_of
+from pretrain.rundir import RunDir
+from pretrain.sinks.mirrored import Wandb, settings_of
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+DONE, USER_ERROR = 0, 2
+_RECALL = tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+_SCENES = ("zero_shot_seen_combinations", "zero_shot_unseen_combinations")
+_EXACT = ("exact_captions_1_object", "exact_captions_2_objects", "exact_captions_1_unseen_object")
+_ZERO_SHOT = ("zero_shot_top1", "zero_shot_top5")
+_CAPTIONS = ("cider_d", "bleu_1", "bleu_4", "rouge_l", "perplexity")
+_CLOCKS = ("perf/step_seconds_p50", "perf/step_seconds_p99")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Curves over samples seen."""
+
+    title: str
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Panels under one heading."""
+
+    name: str
+    panels: tuple[Panel, ...]
+    pictures: bool = False
+    """Whether the sample sheets are shown too."""
+
+
+def sections(
+    *, objectives: Sequence[str], towers: Collection[str], evaluations: Collection[str]
+) -> tuple[Section, ...]:
+    """What the dashboard of a run shows; headings without a panel are left out.
+
+    Args:
+        objectives: their names.
+        towers: parts of the model that have a gradient: image, text, captioner, objectives.
+        evaluations: names of what it is judged by, without `eval/`.
+    """
+    losses = [f"train/loss/{name}" for name in objectives]
+    quality = [name for name in (*_ZERO_SHOT, *_SCENES, *_RECALL) if name in evaluations]
+    captions = [name for name in (*_CAPTIONS, *_EXACT) if name in evaluations]
+    norms = [f"model/gradient_norm/{tower}" for tower in towers]
+    everything = (
+        Section(name="Losses", panels=_panels("train/loss", *losses)),
+        Section(name="Recall and zero-shot", panels=_panels(*(f"eval/{name}" for name in quality))),
+        Section(
+            name="Captions", panels=_panels(*(f"eval/{name}" for name in captions)), pictures=bool(captions)
+        ),
+        Section(name="In training", panels=_panels(*(f"train/{name}/accuracy" for name in objectives))),
+        Section(name="Gradient norms", panels=_panels("model/gradient_norm", *norms)),
+        Section(name="Temperature and learning rate", panels=_panels("model/logit_scale", "train/lr")),
+        Section(
+            name="Throughput and data wait",
+            panels=(
+                *_panels("perf/samples_per_second", "perf/data_wait"),
+                Panel(title="seconds of a step, median and 99th percentile", metrics=_CLOCKS),
+                *_panels("perf/memory_gib"),
+            ),
+        ),
+        Section(name="Bad data", panels=_panels("data/masked")),
+        Section(name="Restarts", panels=_panels("perf/restarts", "perf/lost_steps")),
+    )
+    return tuple(section for section in everything if section.panels)
+
+
+def of_run(run: Run) -> tuple[Section, ...]:
+    """What the dashboard of a run shows."""
+    kinds = [objective_class(kind_of(config)) for config in run.objectives.values()]
+    read = {"image", *(wanted.run[0] for kind in kinds for wanted in kind.passes)}
+    towers = [tower for tower in ("image", "text", "captioner") if tower in read]
+    if any(kind.temperature is not None for kind in kinds):
+        towers.append("objectives")
+    scenes, given = (run.val or run.data) == "scenes", bool(run.val)
+    embeds = (*_RECALL, *(_SCENES if scenes else _ZERO_SHOT)) if "text" in read else ()
+    writes = (_EXACT if scenes else _CAPTIONS) if "captioner" in read else ()
+    evaluations = (*embeds, *writes) if scenes or given else ()
+    return sections(objectives=tuple(run.objectives), towers=towers, evaluations=evaluations)
+
+
+def panel_metrics(shown: Sequence[Section]) -> set[str]:
+    """Every metric that a panel names; `python -m pretrain.launch` has to report each."""
+    return {metric for section in shown for panel in section.panels for metric in panel.metrics}
+
+
+def workspace(shown: Sequence[Section], *, entity: str, project: str) -> Workspace:
+    """The same as W&B's client says it."""
+    from wandb_workspaces import workspaces as ws
+    from wandb_workspaces.reports import v2 as wr
+
+    def panels(section: Section) -> list[Any]:
+        plots = [wr.LinePlot(title=each.title, x="samples", y=list(each.metrics)) for each in section.panels]
+        sheet = wr.MediaBrowser(title="sample sheets", media_keys=["eval/sheet"], gallery_axis="step")
+        table = wr.WeavePanelSummaryTable(table_name="eval/samples")
+        return [*plots, sheet, table] if section.pictures else plots
+
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name="Medley",
+        sections=[ws.Section(name=each.name, panels=panels(each), is_open=True) for each in shown],
+        settings=ws.WorkspaceSettings(x_axis="samples"),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.dashboard", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="directory of a run of the project")
+    parser.add_argument(
+        "--dry-run", type=Path, metavar="FILE", help="write it there as JSON, and save nothing"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        sys.stdout.write(f"{build(RunDir(options.run_dir), dry_run=options.dry_run)}\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    return DONE
+
+
+def build(rundir: RunDir, *, dry_run: Path | None) -> str:
+    """Save the dashboard of a run's project, or write it as JSON; returns where it is.
+
+    Raises:
+        UserError: no run, no client, no key, no server, or no place for the file.
+    """
+    settings, shown = settings_of(rundir), of_run(runfile.load(rundir.run_yaml))
+    if find_spec("wandb_workspaces") is None:
+        raise UserError("dashboards need the package wandb-workspaces: pip install -e '.[dashboards]'")
+    # The library reads these when it is imported. A run may be kept offline; its dashboard cannot.
+    os.environ["WANDB_MODE"] = "online"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if dry_run is None:
+        return _save(shown, settings)
+    spec = workspace(shown, entity=settings.entity, project=project_of(settings))
+    try:
+        dry_run.write_text(spec._to_model().model_dump_json(by_alias=True, indent=1))
+    except OSError as error:
+        raise UserError(f"{dry_run} cannot be written: {error.strerror}") from error
+    return str(dry_run)
+
+
+def _save(shown: Sequence[Section], settings: Wandb) -> str:
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError("W&B keeps its dashboards and needs an API key: wandb login, or --dry-run FILE")
+    server = wandb.setup().settings.base_url
+    if not answers(server):
+        raise UserError(
+            f"W&B keeps its dashboards, and {server} does not answer: --dry-run FILE needs neither"
+        )
+    try:
+        entity = settings.entity or wandb.setup().settings.entity or wandb.Api().default_entity or ""
+        return workspace(shown, entity=entity, project=project_of(settings)).save().url
+    except Exception as error:  # the client's layers share no class of errors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{server} does not take the dashboard: {reason}") from error
+
+
+def _panels(*metrics: str) -> tuple[Panel, ...]:
+    """One for each."""
+    return tuple(
+        Panel(title=metric.partition("/")[2].replace("_", " "), metrics=(metric,)) for metric in metrics
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

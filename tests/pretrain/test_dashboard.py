@@ -1,0 +1,148 @@
+"""Every panel names a metric that a run reports, and every metric that is reported has a panel."""
+
+import io
+import json
+import os
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from pretrain import dashboard, launch, runfile
+from pretrain.cli import parse
+from pretrain.evaluate import during, scenes
+from pretrain.evaluate.sheet import Sheet
+from pretrain.sinks.jsonl import read
+
+pytestmark = pytest.mark.usefixtures("logged_out")
+TINY = (
+    "--stages.one.steps 2 --stages.one.batch 8 --stages.one.resolution 32 --vocabulary 300 --model.embed 16 "
+    "--model.text.width 16 --model.text.layers 1 --model.captioner.width 16 --model.captioner.layers 1 "
+    "--cadence.report 2 --loader-threads 1"
+)
+NOT_SHOWN = {"step", "time", "samples", "finished", "perf/seconds_left"}
+LABELS = [f"thing {label}" for label in range(6)]
+
+
+def in_child(command, arguments):
+    """Run in a fork, which leaves nothing of the client behind; its exit code, and what it wrote."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said, code = io.StringIO(), 70
+        try:
+            torch.set_num_threads(1)
+            with redirect_stdout(said), redirect_stderr(said):
+                code = command([str(argument) for argument in arguments])
+        finally:
+            os.write(writing, said.getvalue().encode())
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        said = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Labelled images with captions, to train and to judge on."""
+    path = tmp_path_factory.mktemp("data") / "00000.tar"
+    with TarWriter(str(path)) as tar:
+        for place in range(16):
+            stream = io.BytesIO()
+            Image.new("RGB", (32, 32), (place * 15, 90, 200 - place * 10)).save(stream, "PNG")
+            label = LABELS[place % len(LABELS)]
+            beside = json.dumps({"caption": f"a photo of {label}, number {place}", "class": label})
+            tar.write({"__key__": f"{place:09d}", "png": stream.getvalue(), "json": beside.encode()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, shards):
+    """(objectives, data) -> run directory, trained to its end and judged in small."""
+    made = {}
+
+    def tiny_run(objectives, data):
+        if (objectives, data) not in made:
+            out = tmp_path_factory.mktemp("tiny") / "run"
+            places = "" if data == "scenes" else f"--data {shards} --val {shards}"
+            arguments = f"--objectives {objectives} {TINY} --out {out} {places}".split()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("WANDB_MODE", "disabled")
+                patch.setattr(scenes, "_RETRIEVAL", 8)
+                patch.setattr(scenes, "_PER_COMBINATION", 1)
+                patch.setattr(scenes, "_CAPTIONED", 2)
+                patch.setattr(during, "make_sheet", lambda *_, **__: Sheet(rows=(), said_by="captioner"))
+                patch.setattr(during, "save_sheet", lambda *_, **__: None)
+                patch.setattr(launch, "show", lambda training: None)
+                code, said = in_child(launch.main, arguments)
+            assert code == launch.DONE, said
+            made[objectives, data] = out
+        return made[objectives, data]
+
+    return tiny_run
+
+
+@pytest.mark.parametrize(
+    ("objectives", "data"), [("itc,lm", "scenes"), ("siglip,words=lm", "shards"), ("lm", "scenes")]
+)
+def test_panels_and_reported_metrics_are_the_same(tiny_run, objectives, data):
+    out = tiny_run(objectives, data)
+    reported = {name for record in read(out / "metrics.jsonl") for name in record} - NOT_SHOWN
+    shown = dashboard.panel_metrics(dashboard.of_run(runfile.load(out / "run.yaml")))
+    assert shown == reported
+
+
+def test_sections_are_those_that_the_run_has_something_for():
+    def names(arguments):
+        return [section.name for section in dashboard.of_run(parse(arguments.split()).run)]
+
+    whole = names("--objectives itc,lm")
+    assert whole == [
+        "Losses", "Recall and zero-shot", "Captions", "In training", "Gradient norms",
+        "Temperature and learning rate", "Throughput and data wait", "Bad data", "Restarts",
+    ]  # fmt: skip
+    assert names("--objectives itc") == [name for name in whole if name != "Captions"]
+    unjudged = names("--objectives itc,lm --data x.tar")
+    assert unjudged == [name for name in whole if name not in ("Captions", "Recall and zero-shot")]
+    assert names("--objectives itc,lm --data x.tar --val y.tar") == whole
+
+
+def test_dry_run_writes_what_would_be_saved(tiny_run, tmp_path):
+    out = tiny_run("itc,lm", "scenes")
+    file = tmp_path / "dashboard.json"
+    assert in_child(dashboard.main, [out, "--dry-run", file]) == (dashboard.DONE, f"{file}\n")
+    spec = json.loads(file.read_text())
+    assert spec["project"] == "medley"
+    section = spec["spec"]["section"]
+    assert section["settings"]["xAxis"] == "samples"
+    written = section["panelBankConfig"]["sections"]
+    shown = dashboard.of_run(runfile.load(out / "run.yaml"))
+    assert [each["name"] for each in written] == [each.name for each in shown]
+    plots = [panel["config"] for each in written for panel in each["panels"] if "metrics" in panel["config"]]
+    assert {plot["xAxis"] for plot in plots} == {"samples"}
+    assert {metric for plot in plots for metric in plot["metrics"]} == dashboard.panel_metrics(shown)
+    kinds = [panel["viewType"] for each in written if each["name"] == "Captions" for panel in each["panels"]]
+    assert kinds[-2:] == ["Media Browser", "Weave"]
+
+
+def test_a_mistake_is_one_sentence_and_code_2(tiny_run, tmp_path, monkeypatch):
+    out = tiny_run("itc,lm", "scenes")
+
+    def refused(*arguments):
+        code, said = in_child(dashboard.main, arguments)
+        assert code == dashboard.USER_ERROR
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        return said
+
+    assert "holds no run.yaml of a run" in refused(tmp_path)
+    assert "needs an API key: wandb login, or --dry-run FILE" in refused(out)
+    assert "cannot be written: No such file" in refused(out, "--dry-run", tmp_path / "no" / "file")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in refused(out)
+    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
+    assert "pip install -e '.[dashboards]'" in refused(out)

@@ -1,15 +1,17 @@
-"""Captions to token ids and back: a BPE trained on the captions, or the tokenizer of an open_clip model."""
+"""Captions to token ids and back: a BPE trained on the captions, CLIP's tokenizer, or one of transformers."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# (open_clip is untyped)
+# pyright: reportUnknownArgumentType=false
+# (open_clip and transformers are untyped)
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from datasets import hub
 from datasets.atomic import replace
 from datasets.errors import UserError
 
@@ -18,22 +20,34 @@ if TYPE_CHECKING:
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"
 _BYTES = 256
+_FILE = "tokenizer.json"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+Clean = Literal["lower", "whitespace", "canonicalize"]
+"""What open_clip makes of a text first: lower case, nothing but spaces, or lower case without punctuation."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of Medley needs of a tokenizer. Padding is id 0 and is never read by a model."""
+    """What the rest of Medley needs of a tokenizer. A batch is padded with 0, whatever `pad` is."""
 
     vocabulary: int
     """Ids are below this."""
-    start: int
     end: int
+    """What closes a text."""
+    pad: int
+    """What stands behind a text for a model that sees its padding."""
     context_length: int
     """The longest text in tokens, start and end counted."""
     fingerprint: str
     """Hex digest: a checkpoint is not resumed with another tokenizer."""
 
+    @property
+    def start(self) -> int | None:
+        """What opens a text; None where texts begin with their first word, and cannot be generated."""
+        ...
+
     def encode(self, text: str) -> list[int]:
-        """Start, words, end; a text that is too long loses its last words, not its end."""
+        """Start if there is one, words, end; a text that is too long loses its last words, not its end."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,6 +68,7 @@ class TrainedBPE:
 
     start = 1
     end = 2
+    pad = 0
 
     def __init__(self, state: str) -> None:
         from tokenizers import Tokenizer as Library
@@ -121,35 +136,20 @@ class TrainedBPE:
 
 
 class OpenClipTokens:
-    """The tokenizer that an open_clip model was trained with, for the models whose tokenizer it bundles."""
+    """CLIP's own BPE, which open_clip brings along; most of its models were trained with it."""
 
-    def __init__(self, model: str) -> None:
-        """Find the tokenizer of an open_clip model name.
+    pad = 0
 
-        Raises:
-            UserError: the model is unknown, or its tokenizer would have to be downloaded.
-        """
-        import open_clip
+    def __init__(self, *, context_length: int, clean: Clean = "lower") -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
-        config: dict[str, Any] | None = open_clip.get_model_config(model)
-        if config is None:
-            raise UserError(f"open_clip has no model {model!r}; open_clip.list_models() names those it has")
-        named = config["text_cfg"].get("hf_tokenizer_name")
-        if named or "siglip" in model.lower():
-            raise UserError(
-                f"open_clip does not bundle the tokenizer of {model} ({named or 'SigLIP'}) and would have to "
-                "download it; choose a model with CLIP's own tokenizer, such as ViT-B-32"
-            )
-        library = open_clip.get_tokenizer(model)
-        assert isinstance(library, SimpleTokenizer), type(library)
-        assert library.context_length is not None, model
+        library = SimpleTokenizer(context_length=context_length, clean=clean)
         self._library = library
         self.start: int = library.sot_token_id
         self.end: int = library.eot_token_id
         self.vocabulary: int = library.vocab_size
-        self.context_length: int = library.context_length
-        content = "\n".join([*library.encoder, str(self.context_length)])
+        self.context_length = context_length
+        content = "\n".join([*library.encoder, str(context_length), clean])
         self.fingerprint = blake2b(content.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -162,6 +162,80 @@ class OpenClipTokens:
         """The words that `ids` spell up to the first end, a space after each as CLIP's vocabulary has it."""
         words = [i for i in _words(ids, end=self.end) if i != self.start]
         return self._library.decode(words).strip()
+
+
+class HubTokens:
+    """A tokenizer of transformers, as open_clip's HFTokenizer applies it, without its padding.
+
+    What opens and closes a text is read off the tokenizer: SigLIP's only close it.
+    """
+
+    def __init__(
+        self, source: str, *, context_length: int, clean: Clean = "whitespace", strip_end: bool = False
+    ) -> None:
+        """Read a tokenizer; no code that may lie beside it is run.
+
+        Args:
+            source: a directory with a tokenizer.json, or the name of a repository on the hub.
+            context_length: the longest text in tokens.
+            clean: what is done to a text first.
+            strip_end: put id 0 in the place of the end token (open_clip's `strip_sep_token`).
+
+        Raises:
+            UserError: there is no such tokenizer, or it neither pads nor closes a text.
+        """
+        from open_clip.tokenizer import get_clean_fn
+        from transformers import AutoTokenizer
+
+        folder = _tokenizer_folder(source)
+        try:
+            library: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            backend: Library = library.backend_tokenizer
+        except Exception as error:  # tokenizers raises no class of its own
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} cannot be read as a tokenizer: {reason}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        tried = backend.encode("a")
+        bare = tried.special_tokens_mask.index(0), tried.special_tokens_mask[::-1].index(0)
+        self._before, after = tried.ids[: bare[0]], tried.ids[len(tried.ids) - bare[1] :]
+        if not after or library.pad_token_id is None:
+            lacking = "closes no text with an end token" if not after else "names no padding token"
+            raise UserError(f"the tokenizer in {folder} {lacking}, so no model can have been trained with it")
+        self._after = [0] * len(after) if strip_end else after
+        # A caption that spells "</s>" would end early: such ids belong to us, not to captions.
+        unknown = {library.unk_token_id} - {*self._before, *after}
+        self._ours = frozenset(library.all_special_ids) - unknown
+        self._backend, self._clean = backend, get_clean_fn(clean)
+        self.start: int | None = self._before[0] if len(self._before) == 1 else None
+        self.end: int = self._after[0]
+        self.pad: int = library.pad_token_id
+        self.vocabulary: int = len(library)
+        self.context_length = context_length
+        state = (self._before, self._after, self.pad, context_length, clean)
+        content = (folder / _FILE).read_bytes() + repr(state).encode()
+        self.fingerprint = blake2b(content, digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of open_clip's own call, without its padding."""
+        words = self._backend.encode(self._clean(text), add_special_tokens=False).ids
+        room = self.context_length - len(self._before) - len(self._after)
+        return [*self._before, *[i for i in words if i not in self._ours][:room], *self._after]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that `ids` spell up to the first end."""
+        return self._backend.decode(_words(ids, end=self.end), skip_special_tokens=True).strip()
+
+
+def _tokenizer_folder(source: str) -> Path:
+    """Where the files of a tokenizer lie, fetched from the hub unless they are a directory."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        instead = f"name a local directory with a {_FILE}: --model.tokenizer DIR"
+        return hub.fetch_folder(source, _FILE, beside=_BESIDE, instead=instead)
+    if not (folder / _FILE).is_file():
+        raise UserError(f"{folder} holds no {_FILE}; transformers' save_pretrained writes one")
+    return folder
 
 
 def _words(ids: Sequence[int], *, end: int) -> list[int]:

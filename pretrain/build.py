@@ -11,7 +11,7 @@ from datasets.errors import UserError
 from datasets.source import Source
 from datasets.tokens import Tokenizer, TrainedBPE
 from objectives import kind_of, objective_class
-from objectives.base import Objective, Widths
+from objectives.base import Objective, Tower, Widths
 from pretrain.config import Run
 from pretrain.distributed import Ranks
 from pretrain.precision import choose_attention
@@ -66,8 +66,14 @@ def _train_tokenizer(run: Run, source: Source, rundir: RunDir, context_length: i
     trained.save(rundir.tokenizer)
 
 
-def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer:
-    """Model and objectives with the weights of the run's seed, on this rank's device.
+def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks, *, load: bool = True) -> Pretrainer:
+    """Model and objectives with the weights that the run starts from, on this rank's device.
+
+    Args:
+        run: what to build.
+        tokenizer: the run's.
+        ranks: where to.
+        load: False leaves out the weights that the run names (`pretrained`): a checkpoint has its own.
 
     Raises:
         UserError: the model cannot be built, or cannot give what an objective reads.
@@ -81,12 +87,14 @@ def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks) -> Pretrainer
         tokenizer=tokenizer,
         resolution=next(iter(run.stages.values())).resolution,
         temperature=classes[borrower].temperature if borrower else None,
+        load=load,
     )
     objectives = {
         name: owner(run.objectives[name], widths_of(model, tokenizer, temperature=name == borrower))
         for name, owner in classes.items()
     }
     pretrainer = Pretrainer(model, objectives, ranks.group)
+    check_written(tokenizer, objectives)
     for stage in run.stages.values():
         try_resolution(model, stage.resolution)
     drop_unread(model, objectives)
@@ -116,10 +124,29 @@ def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool) -> Widths
     )
 
 
+def check_written(tokenizer: Tokenizer, objectives: Mapping[str, Objective]) -> None:
+    """Refuse to learn to write texts that nothing opens: their first word would be asked of no state.
+
+    Raises:
+        UserError: names the objective.
+    """
+    for name, objective in objectives.items():
+        if tokenizer.start is None and "captioner" in towers_of(objective):
+            raise UserError(
+                f"objective {name!r} predicts texts from their start token, and this model's tokenizer has "
+                "none: leave it out, or take a model with CLIP's tokenizer, such as open_clip:ViT-B-32"
+            )
+
+
+def towers_of(objective: Objective) -> set[Tower]:
+    """The towers whose passes an objective reads."""
+    return {wanted.run[0] for wanted in objective.passes}
+
+
 def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
     """Leave out the parts that no objective reads: no memory, no optimizer step, no gradient to wait for."""
-    towers = {wanted.run[0] for objective in objectives.values() for wanted in objective.passes}
-    if "text" not in towers:
-        model.text = None
+    towers = {tower for objective in objectives.values() for tower in towers_of(objective)}
     if "captioner" not in towers:
         model.captioner = None
+    if "text" not in towers and (model.captioner is None or not model.captioner.reads_states):
+        model.text = None

@@ -31,7 +31,7 @@ These four decide what else there is to set; all other flags are listed below, f
   --recipe NAME            a module of pretrain/recipes, NAME:small for its small version, or a path:
                            mine.py, RUN_DIR/run.yaml (default: laptop)
   --objectives itc,lm      what to minimise: KIND, KIND:WEIGHT or NAME=KIND, separated by commas
-  --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model
+  --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model, also open_clip:PATH
   --out RUN_DIR            where the run lives; the same command again goes on there
 """
 _SHAPE = ("--recipe", "--objectives", "--model", "--out")

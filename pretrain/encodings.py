@@ -69,7 +69,7 @@ class ModelEncodings:
         return self._model.captioner.head.loss(states, targets, smoothing=smoothing)
 
     def _encode(self, run: Run) -> dict[What, Tensor]:
-        tower, image_view, _ = run
+        tower, image_view, text_view = run
         batch, model = self._batch, self._model
         key = (*self._seed, *run)
         if tower == "image":
@@ -82,8 +82,11 @@ class ModelEncodings:
         # A text without image has index -1 and is never scored: any image will do for its row.
         image_tokens = self[Pass("image_tokens", image=image_view, text="none")]
         context = image_tokens[batch.image_index.clamp(min=0)]
+        # The text tower is causal wherever its states are read, so the last token is in none but its own.
+        states = Pass("text_tokens", image="none", text=text_view)
+        text = self[states] if model.captioner.reads_states else batch.tokens
         _seed_tower(key)
-        return {"decoded": model.captioner(context, batch.tokens[:, :-1])}
+        return {"decoded": model.captioner(context, text[:, :-1])}
 
 
 def _seed_tower(key: tuple[int | str, ...]) -> None:

@@ -107,12 +107,11 @@ def build(
     run = command.run
     compute = compute_for(run.precision, ranks.device)
     tokenizer = build_tokenizer(run, source, rundir, ranks)
-    pretrainer = build_pretrainer(run, tokenizer, ranks)
-    optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
-
-    standing = Standing(data=source.fingerprint, tokenizer=tokenizer.fingerprint)
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None)
+    optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
+    standing = Standing(data=source.fingerprint, tokenizer=tokenizer.fingerprint)
     if found is not None:
         saved = found.load()
         standing = standing.resumed(saved.state, curriculum)

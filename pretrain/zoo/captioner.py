@@ -6,12 +6,14 @@ N texts, T tokens, P image tokens, Dv their width, Dt the decoder's width, H hea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.zoo.head import VocabularyHead
+from pretrain.zoo.towers import TextDecoder
 
 
 @dataclass(slots=True)
@@ -29,12 +31,14 @@ class Cache:
         return self.past[0][0].shape[2] if self.past else 0
 
 
-class Captioner(nn.Module):
+class Captioner(TextDecoder):
     """A pre-norm transformer decoder with cross-attention (Vaswani et al., arXiv 1706.03762).
 
     Causal and padded on the right, so what stands after a token cannot be seen. The rows of the
     vocabulary head are the token embeddings (Press and Wolf, arXiv 1608.05859).
     """
+
+    reads_states: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -55,24 +59,26 @@ class Captioner(nn.Module):
         super().__init__()
         self.width = config.width
         self.context_length = context_length
-        self.head = VocabularyHead(vocabulary=vocabulary, width=config.width)
+        rows = nn.Parameter(torch.empty(vocabulary, config.width))
+        nn.init.normal_(rows, std=0.02)
+        self.head = VocabularyHead(rows)
         self.position = nn.Parameter(torch.empty(context_length, config.width))
         nn.init.normal_(self.position, std=0.01)
         self.image_norm = nn.LayerNorm(image_width)
         self.blocks = nn.ModuleList(_Block(config, image_width=image_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, image_tokens: Tensor, text: Tensor) -> Tensor:
         """States that predict the next token.
 
         Args:
             image_tokens: (N, P, Dv), the image of each text.
-            tokens: (N, T-1) int64, all tokens but the last.
+            text: (N, T-1) int64, all tokens but the last.
 
         Returns:
             (N, T-1, Dt): state t has read the image and tokens 0..t.
         """
-        return self.extend(tokens, cache=self.start(image_tokens))
+        return self.extend(text, cache=self.start(image_tokens))
 
     def start(self, image_tokens: Tensor) -> Cache:
         """A cache that has read the image and no text."""

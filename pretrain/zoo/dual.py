@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from datasets.errors import UserError
 from objectives.base import Pass, Tower, View, What
 from objectives.contrast import MAX_LOGIT_SCALE
-from pretrain.zoo.captioner import Captioner
-from pretrain.zoo.towers import ImageTower, TextTower
+from pretrain.zoo.towers import ImageTower, TextDecoder, TextTower
 
 Run = tuple[Tower, View, View]
 
@@ -31,7 +30,7 @@ class Dual(nn.Module):
         *,
         image: ImageTower,
         text: TextTower | None,
-        captioner: Captioner | None,
+        captioner: TextDecoder | None,
         logit_scale: Tensor,
         logit_bias: Tensor | None,
     ) -> None:

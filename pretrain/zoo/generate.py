@@ -10,18 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.towers import TextDecoder
 
 
 def greedy(
-    captioner: Captioner, image_tokens: Tensor, *, start: int, end: int, longest: int | None = None
+    captioner: TextDecoder, image_tokens: Tensor, *, start: int | None, end: int, longest: int | None = None
 ) -> list[list[int]]:
     """The likeliest token each time.
 
     Args:
         captioner: the decoder.
         image_tokens: (N, P, Dv).
-        start: the token that opens a text.
+        start: the token that opens a text; a tokenizer without one is refused where a model is to write.
         end: the token that closes one.
         longest: tokens to generate at most; by default what the captioner can read.
 
@@ -34,10 +34,10 @@ def greedy(
 
 
 def top_p(
-    captioner: Captioner,
+    captioner: TextDecoder,
     image_tokens: Tensor,
     *,
-    start: int,
+    start: int | None,
     end: int,
     p: float,
     generator: torch.Generator,
@@ -69,15 +69,16 @@ def sample_top_p(logits: Tensor, *, p: float, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def _generate(
-    captioner: Captioner,
+    captioner: TextDecoder,
     image_tokens: Tensor,
     *,
-    start: int,
+    start: int | None,
     end: int,
     longest: int | None,
     pick: Callable[[Tensor], Tensor],
 ) -> list[list[int]]:
     """Extend every text by one picked token at a time until each has met its end."""
+    assert start is not None
     cache = captioner.start(image_tokens)
     token = torch.full((len(image_tokens),), start, device=image_tokens.device)
     open_ = torch.ones_like(token, dtype=torch.bool)

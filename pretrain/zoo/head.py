@@ -14,16 +14,20 @@ _CHUNK = 1 << 22
 
 
 class VocabularyHead(nn.Module):
-    """A linear map to the vocabulary; its rows are also the token embeddings of a captioner."""
+    """A linear map to the vocabulary around its (V, Dt) matrix, which may serve elsewhere as well."""
 
-    def __init__(self, *, vocabulary: int, width: int) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, width))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """(V, Dt)."""
+        return self.weight
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., V) logits of (..., Dt) states, for generation."""
-        logits = F.linear(states, self.weight)
+        logits = F.linear(states, self.matrix)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -44,7 +48,16 @@ class VocabularyHead(nn.Module):
         kind = states.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         with torch.autocast(kind, enabled=False):
-            return _ChunkedLoss.apply(states, self.weight, targets, smoothing, low, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+            return _ChunkedLoss.apply(states, self.matrix, targets, smoothing, low, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+
+
+class ColumnHead(VocabularyHead):
+    """The same around a (Dt, V) matrix, as open_clip's CoCa keeps it. Nothing is copied: this is a view."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """(V, Dt)."""
+        return self.weight.T
 
 
 class _ChunkedLoss(torch.autograd.Function):

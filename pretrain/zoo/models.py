@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from datasets.errors import UserError
-from datasets.tokens import OpenClipTokens, Tokenizer
+from datasets.tokens import HubTokens, OpenClipTokens, Tokenizer
 from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.definition import define
 from pretrain.zoo.dual import Dual
 
 
@@ -21,7 +20,7 @@ class ModelConfig:
     """What every kind of model has."""
 
     captioner: Captioner.Config = field(default_factory=Captioner.Config)
-    """The decoder that writes captions from image tokens."""
+    """The decoder that writes captions from image tokens; a CoCa of open_clip brings its own."""
 
     def check(self) -> None:
         """Refuse sizes that no model can have.
@@ -73,12 +72,26 @@ class DualConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipConfig(ModelConfig):
-    """A whole dual encoder of open_clip with its own tokenizer."""
+    """A whole dual encoder of open_clip with its own tokenizer, or a CoCa with its own decoder."""
 
     name: str = "ViT-B-32"
-    """A name of open_clip.list_models()."""
+    """A name of open_clip.list_models(); a .json file like those that open_clip's models are made of; a
+    directory with an open_clip_config.json; or hf-hub:ORG/NAME."""
     pretrained: str = ""
-    """A .safetensors file, or a tag that open_clip knows for this model; empty for random weights."""
+    """A .safetensors file; a directory with an open_clip_model.safetensors; hf-hub:ORG/NAME; or a tag that
+    open_clip knows for this model. Empty: the weights in the directory or repository that is the name, else
+    random ones."""
+    tokenizer: str = ""
+    """A tokenizer of transformers, a directory with a tokenizer.json or a name on the hub, instead of the
+    one that the model's configuration asks for."""
+
+    def check(self) -> None:
+        """Refuse sizes that no model can have, or that this one does not read."""
+        super().check()
+        if self.captioner != Captioner.Config() and "multimodal_cfg" in define(self.name).config:
+            raise UserError(
+                f"open_clip:{self.name} brings its own decoder: leave the --model.captioner flags out"
+            )
 
 
 def _check_sizes(flag: str, sizes: SmallText | Captioner.Config) -> None:
@@ -133,19 +146,40 @@ def own_resolution(config: ModelConfig) -> int | None:
     """The resolution that a model of open_clip was made for; None for a model that takes any."""
     if not isinstance(config, OpenClipConfig):
         return None
-    from pretrain.zoo.vision import open_clip_config
-
-    size = open_clip_config(config.name)["vision_cfg"].get("image_size", 224)
+    size = define(config.name).config["vision_cfg"].get("image_size", 224)
     return size if isinstance(size, int) else size[0]
 
 
 def own_tokenizer(config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer that a model brings with it; None where one is trained on the data's captions."""
-    return OpenClipTokens(config.name) if isinstance(config, OpenClipConfig) else None
+    """The tokenizer that a model brings with it; None where one is trained on the data's captions.
+
+    Raises:
+        UserError: it has to be fetched from a hub that cannot be reached, or works in a way that we do not.
+    """
+    if not isinstance(config, OpenClipConfig):
+        return None
+    definition = define(config.name)
+    text: dict[str, Any] = definition.config["text_cfg"]
+    context_length = text.get("context_length", 77)
+    ways = dict(text.get("tokenizer_kwargs") or {})
+    clean, strip_end = ways.pop("clean", None), ways.pop("strip_sep_token", False)
+    if ways or text.get("tokenizer_mode"):
+        asked = ", ".join(ways) or f"tokenizer_mode {text['tokenizer_mode']}"
+        raise UserError(f"open_clip:{config.name} asks for a tokenizer with {asked}, which is not supported")
+    source = config.tokenizer or definition.tokenizer(pretrained=config.pretrained)
+    if not source:
+        return OpenClipTokens(context_length=context_length, clean=clean or "lower")
+    clean = clean or "whitespace"
+    return HubTokens(source, context_length=context_length, clean=clean, strip_end=strip_end)
 
 
 def build_model(
-    config: ModelConfig, *, tokenizer: Tokenizer, resolution: int, temperature: Temperature | None
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    resolution: int,
+    temperature: Temperature | None,
+    load: bool = True,
 ) -> Dual:
     """The model, all parts of it, from `torch`'s global random state.
 
@@ -154,23 +188,28 @@ def build_model(
         tokenizer: decides the vocabulary and the longest text.
         resolution: side of the images in pixels; the grid of the position embeddings.
         temperature: what the first contrastive objective starts from, for a model without one of its own.
+        load: False leaves out the weights that `config` names, for who has those of a checkpoint.
 
     Raises:
-        UserError: an unknown name, or sizes that do not fit.
+        UserError: an unknown name, sizes that do not fit, or a tokenizer that the model cannot read.
     """
-    build: Callable[..., dict[str, Any]] = _whole if isinstance(config, OpenClipConfig) else _dual
-    parts = build(config, tokenizer=tokenizer, resolution=resolution)
+    if isinstance(config, OpenClipConfig):
+        parts = _whole(config, tokenizer=tokenizer, resolution=resolution, load=load)
+    else:
+        assert isinstance(config, DualConfig)
+        parts = _dual(config, tokenizer=tokenizer, resolution=resolution)
     scale, bias = temperature or (1.0, None)
     parts.setdefault("logit_scale", torch.tensor(scale).log())
     if parts.get("logit_bias") is None and bias is not None:
         parts["logit_bias"] = torch.tensor(bias)
-    captioner = Captioner(
-        config.captioner,
-        image_width=parts["image"].width,
-        vocabulary=tokenizer.vocabulary,
-        context_length=tokenizer.context_length,
-    )
-    return Dual(captioner=captioner, **{"logit_bias": None, **parts})
+    if parts.get("captioner") is None:
+        parts["captioner"] = Captioner(
+            config.captioner,
+            image_width=parts["image"].width,
+            vocabulary=tokenizer.vocabulary,
+            context_length=tokenizer.context_length,
+        )
+    return Dual(**{"logit_bias": None, **parts})
 
 
 def _dual(config: DualConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[str, Any]:
@@ -192,10 +231,17 @@ def _dual(config: DualConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[
     }
 
 
-def _whole(config: OpenClipConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[str, Any]:
+def _whole(config: OpenClipConfig, *, tokenizer: Tokenizer, resolution: int, load: bool) -> dict[str, Any]:
+    from pretrain.zoo.text import check_tokenizer
     from pretrain.zoo.whole import build_whole
 
-    del tokenizer  # open_clip's own, by the same name
-    whole = build_whole(config.name, pretrained=config.pretrained, resolution=resolution)
-    parts: dict[str, Tensor | object] = {"image": whole.image, "text": whole.text}
-    return {**parts, "logit_scale": whole.logit_scale, "logit_bias": whole.logit_bias}
+    whole = build_whole(
+        config.name,
+        pretrained=config.pretrained,
+        resolution=resolution,
+        pad_id=tokenizer.pad,
+        load=load,
+    )
+    check_tokenizer(whole.text, tokenizer, name=f"open_clip:{config.name}")
+    names = ("image", "text", "captioner", "logit_scale", "logit_bias")
+    return {name: getattr(whole, name) for name in names}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datasets.errors import UserError
+from datasets.tokens import Tokenizer
 from pretrain.zoo.towers import Encoded, TextTower
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ class OpenClipText(TextTower):
         """What may not be attended to: the future, padding, or nothing."""
         tower, columns = self.tower, hidden.shape[1]
         causal = None if tower.attn_mask is None else tower.attn_mask[:columns, :columns]
-        if tower.cls_emb is None and not tower.use_pad_mask:
+        # Without texts a mask of their padding would have no shape.
+        if (tower.cls_emb is None and not tower.use_pad_mask) or not len(text):
             return causal
         padding = tower._build_additive_mask(text, columns, hidden.dtype)
         return padding if causal is None else causal + padding
@@ -136,6 +139,28 @@ class HubText(TextTower):
         states = encoder.transformer(input_ids=text, attention_mask=mask)
         pooled = encoder.proj(encoder.pooler(states, mask))
         return Encoded(pooled, states.last_hidden_state[:, : tokens.shape[1]])
+
+
+def check_tokenizer(tower: OpenClipText | HubText, tokenizer: Tokenizer, *, name: str) -> None:
+    """Refuse ids that the tower of a model does not know, and texts whose end it would look for in vain.
+
+    Raises:
+        UserError: names the model, and what its tokenizer has to be like.
+    """
+    inner: Any = tower.tower if isinstance(tower, OpenClipText) else tower.encoder
+    if tokenizer.vocabulary > inner.vocab_size:
+        raise UserError(
+            f"{name} knows {inner.vocab_size} token ids and its tokenizer makes {tokenizer.vocabulary}: name "
+            "the one that it was made for: --model.tokenizer DIR_OR_HUB"
+        )
+    if isinstance(tower, HubText) or inner.cls_emb is not None:
+        return
+    ends = {"argmax": tokenizer.vocabulary - 1, "eos": inner.eos_id}
+    if tokenizer.end != ends.get(inner.pool_type, tokenizer.end):
+        raise UserError(
+            f"{name} knows the end of a text by the id {ends[inner.pool_type]} and its tokenizer ends texts "
+            f"with {tokenizer.end}: name the one that it was made for: --model.tokenizer DIR_OR_HUB"
+        )
 
 
 def build_small_text(

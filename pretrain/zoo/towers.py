@@ -1,14 +1,16 @@
-"""What every image tower and every text tower looks like from outside.
+"""What every image tower, every text tower and every decoder that writes captions looks like from outside.
 
-B images or N texts, T tokens, P image tokens, D embedding width, W token width.
+B images or N texts, T tokens, P image tokens, D embedding width, W token width, Dt a decoder's width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+
+from pretrain.zoo.head import VocabularyHead
 
 
 class Encoded(NamedTuple):
@@ -46,3 +48,29 @@ class TextTower(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: Tensor, length: Tensor) -> Encoded:
         """Encode (N, T) token ids, of which the first `length` (N,) of each row are text."""
+
+
+class TextDecoder(nn.Module, ABC):
+    """Image tokens and the beginning of a text in, states that predict its next token out.
+
+    Causal: state t has read the image and tokens 0..t, and nothing behind them.
+    """
+
+    reads_states: ClassVar[bool]
+    """Whether it reads the text tower's states of the tokens, or their ids."""
+    context_length: int
+    """The longest text it can read, in tokens."""
+    head: VocabularyHead
+    """States to the vocabulary."""
+
+    @abstractmethod
+    def forward(self, image_tokens: Tensor, text: Tensor) -> Tensor:
+        """(N, t, Dt) of the image of each text (N, P, W) and its first t ids (N, t) or states (N, t, W)."""
+
+    @abstractmethod
+    def start(self, image_tokens: Tensor) -> Any:
+        """What generation keeps between tokens: it has read the (N, P, W) image and no text."""
+
+    @abstractmethod
+    def extend(self, tokens: Tensor, *, cache: Any) -> Tensor:
+        """Read (N, t) more token ids into what `start` gave, and return their (N, t, Dt) states."""

@@ -5,9 +5,8 @@ B images, H W pixels, P image tokens, C channels of a feature map, D embedding w
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.errors import UserError
+from pretrain.zoo.definition import Pixels, define, refuse_unknown
 from pretrain.zoo.stem import Stem
 from pretrain.zoo.towers import Encoded, ImageTower
 
@@ -193,20 +193,6 @@ def build_small(config: Small, *, resolution: int) -> TimmTower:
     return TimmTower(trunk, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def open_clip_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of a model, a fresh copy.
-
-    Raises:
-        UserError: open_clip knows no such model.
-    """
-    import open_clip
-
-    _refuse_unknown(name, open_clip.list_models(), library="open_clip")
-    config = open_clip.get_model_config(name)
-    assert config is not None, name
-    return config
-
-
 def _from_timm(name: str, *, resolution: int) -> TimmTower:
     if "." in name:
         bare = name.partition(".")[0]
@@ -216,7 +202,7 @@ def _from_timm(name: str, *, resolution: int) -> TimmTower:
     import timm
 
     if not timm.is_model(name):
-        _refuse_unknown(name, timm.list_models(), library="timm")
+        refuse_unknown(name, timm.list_models(), library="timm")
     # A classifier of no classes: forward_head then ends with the pooled features.
     trunk = cast(Any, _create_timm(name, resolution=resolution))
     _refuse_batch_norm(trunk, f"timm:{name}")
@@ -242,7 +228,8 @@ def _create_timm(name: str, *, resolution: int) -> nn.Module:
 def _from_open_clip(name: str, *, embed: int, resolution: int) -> PixelTower:
     import open_clip
 
-    config = open_clip_config(name)
+    definition = define(name)
+    config = definition.config
     # The whole model with a text tower of nearly no size is open_clip's public way to an image tower.
     whole = open_clip.CustomTextCLIP(
         embed_dim=embed,
@@ -251,7 +238,8 @@ def _from_open_clip(name: str, *, embed: int, resolution: int) -> PixelTower:
         quick_gelu=config.get("quick_gelu", False),
     )
     fit_trunk(whole.visual, resolution=resolution)
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    default = Pixels(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    mean, std = definition.pixels or default
     return wrap_visual(whole.visual, name=f"open_clip:{name}", mean=mean, std=std)
 
 
@@ -261,15 +249,6 @@ def fit_trunk(visual: nn.Module, *, resolution: int) -> None:
 
     if isinstance(visual, TimmModel) and hasattr(visual.trunk, "set_input_size"):
         visual.set_input_size(resolution)
-
-
-def _refuse_unknown(name: str, known: Iterable[str], *, library: str) -> None:
-    known = list(known)
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {library}:{near[0]}?" if near else f"{library}.list_models() names them"
-    raise UserError(f"{library}:{name} is unknown: {hint}")
 
 
 def _refuse_batch_norm(model: nn.Module, name: str) -> None:

@@ -1,26 +1,22 @@
-"""A whole dual encoder of open_clip, taken apart into our towers, with weights from a file or the hub."""
+"""A whole model of open_clip, taken apart into our towers, and put together again for who exports it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from datasets import hub
 from datasets.errors import UserError
+from pretrain.zoo.coca import CoCaDecoder, init_projection, wrap_decoder
+from pretrain.zoo.definition import Definition, Pixels, define
+from pretrain.zoo.dual import Dual
 from pretrain.zoo.text import HubText, OpenClipText
 from pretrain.zoo.towers import ImageTower
-from pretrain.zoo.vision import fit_trunk, fitting, open_clip_config, wrap_visual
-
-if TYPE_CHECKING:
-    from open_clip import CustomTextCLIP
-
-CONVERT = (
-    'python -c "from open_clip.factory import load_state_dict as load; from safetensors.torch import '
-    "save_file; save_file({{k: v.contiguous() for k, v in load('{old}').items()}}, '{new}')\""
-)
-"""The command that turns a pickled checkpoint of a trusted source into one that we read."""
+from pretrain.zoo.vision import OpenClipTower, TimmTower, fit_trunk, fitting, wrap_visual
+from pretrain.zoo.weights import Weights, find_weights, load_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,85 +25,105 @@ class Whole:
 
     image: ImageTower
     text: OpenClipText | HubText
+    captioner: CoCaDecoder | None
+    """The decoder of a CoCa."""
     logit_scale: nn.Parameter
     """(1,) log of the inverse temperature."""
     logit_bias: nn.Parameter | None
     """(1,) the bias of the sigmoid loss, where the model has one."""
     resolution: int
     """Side in pixels of the images it was built for."""
-    mean: tuple[float, ...]
-    """Of the pixels in 0..1, for who exports the model; the image tower normalises by itself."""
-    std: tuple[float, ...]
-    """Likewise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weights:
-    """Where weights come from, and what must hold for them to mean what they meant in training."""
-
-    path: Path | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    quick_gelu: bool
+    pixels: Pixels
+    """For who exports the model; the image tower normalises by itself."""
 
 
 def build_whole(
-    name: str, *, pretrained: str = "", resolution: int | None = None, pad_id: int | None = None
+    name: str,
+    *,
+    pretrained: str = "",
+    resolution: int | None = None,
+    pad_id: int | None = None,
+    load: bool = True,
 ) -> Whole:
     """Build open_clip's model of that name and take it apart.
 
     Args:
-        name: one of `open_clip.list_models()`. A file does not say its activation: the names with -quickgelu
-            are for weights that were trained with QuickGELU.
-        pretrained: a .safetensors file, or a tag that open_clip knows for this model (downloaded from the
-            hub); empty for random weights.
+        name: as of `define`: a name of open_clip's, a path, or one of the hub. A file of weights does not
+            say its activation: the names with -quickgelu are for weights trained with QuickGELU.
+        pretrained: as of `find_weights`: a path, one of the hub, or a tag; empty for random weights, or for
+            those that lie beside the configuration.
         resolution: side of the images in pixels; None for the model's own. Learned position embeddings are
             resampled once, here.
         pad_id: what the tokenizer pads with. It is needed for towers that see padding (SigLIP) and whose
             tokenizer pads with something else than open_clip's text configuration says.
+        load: False leaves the weights random and fetches none, for who has others.
 
     Raises:
         UserError: an unknown name or tag, a file that is missing, not safetensors or of another model, the
-            hub out of reach, or an image tower with BatchNorm.
+            hub out of reach, an image tower with BatchNorm, or a CoCa that sees what it should predict.
     """
-    from open_clip import CustomTextCLIP
-
-    config = open_clip_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "hf_model_name" in text:
-        _need_text_config(name, text["hf_model_name"])
-    weights = _find(name, pretrained)
-    on_trunk = "timm_model_name" in vision
-    if resolution is not None and not on_trunk:
-        vision["image_size"] = resolution  # open_clip's own transformer resamples its positions as it loads
-    with fitting(f"open_clip:{name}", resolution):
-        # This class has the text tower in one module, also for models that open_clip.CLIP takes apart; of
-        # CoCa the decoder is left out.
-        model: Any = CustomTextCLIP(
-            embed_dim=config["embed_dim"],
-            vision_cfg={**vision, "timm_model_pretrained": False},  # type: ignore[arg-type]
-            text_cfg={**text, "hf_model_pretrained": False},  # type: ignore[arg-type]
-            quick_gelu=config.get("quick_gelu", False) or weights.quick_gelu,
-            init_logit_bias=config.get("init_logit_bias"),
-        )
+    definition = define(name)
+    weights = find_weights(definition, pretrained)
+    path = weights.path() if load and weights.path is not None else None
+    model = _construct(definition, weights, resolution)
+    title = f"open_clip:{name}"
     # Before loading: what cannot be wrapped should not be read first.
-    image = wrap_visual(model.visual, name=f"open_clip:{name}", mean=weights.mean, std=weights.std)
-    if weights.path is not None:
-        _load(model, weights.path, name=name)
+    image = wrap_visual(model.visual, name=title, mean=weights.pixels.mean, std=weights.pixels.std)
+    if path is not None:
+        load_weights(model, path, name=title)
     side: int = model.visual.image_size[0] if resolution is None else resolution
-    with fitting(f"open_clip:{name}", side):
-        if on_trunk:
-            fit_trunk(model.visual, resolution=side)
+    with fitting(title, side):
+        fit_trunk(model.visual, resolution=side)
         image.measure(resolution=side)
+    context_length = definition.config["text_cfg"].get("context_length", 77)
+    text = _wrap_text(model.text, context_length=context_length, pad_id=pad_id)
+    decoder = getattr(model, "text_decoder", None)
     return Whole(
         image=image,
-        text=_wrap_text(model.text, context_length=text.get("context_length", 77), pad_id=pad_id),
+        text=text,
+        captioner=None if decoder is None else wrap_decoder(decoder, image=image, text=text, name=title),
         logit_scale=_one(model.logit_scale),
         logit_bias=None if model.logit_bias is None else _one(model.logit_bias),
         resolution=side,
-        mean=weights.mean,
-        std=weights.std,
+        pixels=weights.pixels,
     )
+
+
+def _construct(definition: Definition, weights: Weights, resolution: int | None) -> Any:
+    """open_clip's module of random weights, of a class that has the text tower in one module."""
+    from open_clip import CoCa, CustomTextCLIP
+
+    settings = {key: value for key, value in definition.config.items() if key != "custom_text"}
+    vision, text = dict(settings["vision_cfg"]), dict(settings["text_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    elif resolution is not None:
+        vision["image_size"] = resolution  # open_clip's own transformer resamples its positions as it loads
+    if text.get("hf_model_name"):
+        text |= {"hf_model_name": str(_text_folder(definition)), "hf_model_pretrained": False}
+    settings |= {"vision_cfg": vision, "text_cfg": text}
+    settings["quick_gelu"] = settings.get("quick_gelu", False) or weights.quick_gelu
+    with fitting(f"open_clip:{definition.name}", resolution):
+        try:
+            model = (CoCa if "multimodal_cfg" in settings else CustomTextCLIP)(**settings)
+        except TypeError as error:  # of its dataclasses: a key that they do not have
+            raise UserError(f"open_clip:{definition.name}: {error}") from error
+    if isinstance(model, CoCa):
+        init_projection(model.text_decoder.text_projection)
+    return model
+
+
+def _text_folder(definition: Definition) -> Path:
+    """Where the configuration of a text tower of transformers lies."""
+    named = definition.config["text_cfg"]["hf_model_name"]
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        return folder
+    instead = (
+        "take a model with a text tower of open_clip's own, such as ViT-B-32, or a .json configuration whose "
+        "hf_model_name is a local directory"
+    )
+    return hub.fetch(named, "config.json", instead=instead).parent
 
 
 def _one(scalar: nn.Parameter) -> nn.Parameter:
@@ -125,98 +141,46 @@ def _wrap_text(text: nn.Module, *, context_length: int, pad_id: int | None) -> O
     return OpenClipText(text, pad_id=pad_id)
 
 
-def _need_text_config(name: str, source: str) -> None:
-    """Read the configuration of a text tower of transformers, which open_clip would do without a word."""
-    from transformers import AutoConfig
+def open_clip_state(model: Dual, *, custom_text: bool = True) -> dict[str, Tensor]:
+    """The weights under the names of open_clip's own module, which `open_clip.create_model` can load.
 
-    try:
-        AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise UserError(
-            f"open_clip:{name} has a text tower whose configuration is read from the hub ({source}), and it "
-            "is neither reachable nor in the cache: take a model with a text tower of open_clip's own, e.g. "
-            "ViT-B-32"
-        ) from error
+    An image tower of timm stands as the trunk of open_clip's TimmModel, its projection as `timm_proj`
+    "linear" without bias. The decoder of a CoCa is there if it was trained; a captioner of ours has no place.
 
+    Args:
+        model: a dual encoder, with its text tower.
+        custom_text: the names of `CustomTextCLIP` and `CoCa`, whose text tower is one module, and not those
+            of `CLIP`, to which models without `custom_text` in their configuration belong. A file with the
+            names of `CLIP` can be loaded into both.
 
-def _find(name: str, pretrained: str) -> _Weights:
-    """The file that `pretrained` means, and how its model saw pixels."""
-    import open_clip
-
-    if pretrained and open_clip.is_pretrained_cfg(name, pretrained):
-        tag = open_clip.get_pretrained_cfg(name, pretrained)
-        path = _download(name, pretrained, tag)
-        return _Weights(path=path, mean=tag["mean"], std=tag["std"], quick_gelu=tag.get("quick_gelu", False))
-    # A file does not say how its pixels were normalised; where all published weights of a model agree, so
-    # (SigLIP) will the file, and otherwise open_clip's own default holds.
-    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in _tags(name)]
-    seen = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags}
-    default = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    mean, std = seen.pop() if len(seen) == 1 else default
-    path = _local(name, pretrained) if pretrained else None
-    return _Weights(path=path, mean=mean, std=std, quick_gelu=False)
+    Raises:
+        AssertionError: a part that open_clip has no name for.
+    """
+    text, captioner = model.text, model.captioner
+    assert isinstance(text, OpenClipText | HubText), type(text)
+    state = _image_state(model.image)
+    tower = text.tower if isinstance(text, OpenClipText) else text.encoder
+    state |= _under("text." if custom_text else "", tower)
+    if isinstance(captioner, CoCaDecoder):
+        state |= _under("text_decoder.", captioner.decoder)
+        state["text_decoder.text_projection"] = captioner.head.weight
+    state["logit_scale"] = model.logit_scale.reshape(())
+    if model.logit_bias is not None:
+        state["logit_bias"] = model.logit_bias.reshape(())
+    return {key: value.detach() for key, value in state.items()}
 
 
-def _tags(name: str) -> list[str]:
-    import open_clip
-
-    return open_clip.list_pretrained_tags_by_model(name)
-
-
-def _download(name: str, pretrained: str, tag: dict[str, Any]) -> Path:
-    """Fetch a tag's weights from the hub, as safetensors only."""
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME
-    from open_clip.pretrained import download_pretrained_from_hf
-
-    repository, _, file = tag["hf_hub"].rpartition("/")
-    file = str(PurePosixPath(file).with_suffix(".safetensors")) if file else HF_SAFE_WEIGHTS_NAME
-    try:
-        return Path(download_pretrained_from_hf(repository, filename=file))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"the weights {pretrained} of open_clip:{name} could not be fetched ({file} of "
-            f"{repository} on the hub): check the network, or name a local .safetensors file instead"
-        ) from error
+def _image_state(image: ImageTower) -> dict[str, Tensor]:
+    assert isinstance(image, OpenClipTower | TimmTower), type(image)
+    if isinstance(image, OpenClipTower):
+        assert not list(image.project.parameters()), "open_clip's tower projects by itself"
+        return _under("visual.", image.visual)
+    return {
+        **_under("visual.trunk.", image.trunk),
+        **_under("visual.head.", image.head),
+        **_under("visual.head.proj.", image.project),
+    }
 
 
-def _local(name: str, pretrained: str) -> Path:
-    """The local file of that name, if it is one that we read."""
-    path = Path(pretrained).expanduser()
-    if not path.is_file():
-        tags = ", ".join(_tags(name)) or "none"
-        raise UserError(f"{pretrained} is neither a file nor a tag of open_clip:{name} (its tags: {tags})")
-    if path.suffix != ".safetensors":
-        command = CONVERT.format(old=path, new=path.with_suffix(".safetensors"))
-        raise UserError(
-            f"{path} is a pickle, which is never read here; if you trust its source, convert it: {command}"
-        )
-    return path
-
-
-def _load(model: CustomTextCLIP, path: Path, *, name: str) -> None:
-    """Load a checkpoint through open_clip, which knows its older formats; every key must find its place."""
-    import open_clip
-    from safetensors import SafetensorError, safe_open
-
-    where = f"{path} does not fit open_clip:{name}"
-    try:
-        with safe_open(path, "pt") as file:
-            keys = {key.removeprefix("module.") for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    if "logit_scale" not in keys:
-        raise UserError(f"{where}: it lacks the key logit_scale")
-    if "logit_bias" in keys and model.logit_bias is None:
-        raise UserError(f"{where}: it has the key logit_bias, so it belongs to a sigmoid model")
-    try:
-        result: Any = open_clip.load_checkpoint(model, str(path), strict=False)
-    except (AssertionError, RuntimeError) as error:  # shapes: torch's list, or open_clip's own check
-        raise UserError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from error
-    strange = [key for key in result.unexpected_keys if not key.startswith("text_decoder.")]  # CoCa's
-    for misfits, fault in ((result.missing_keys, "it lacks"), (strange, "the model has no place for")):
-        if misfits:
-            raise UserError(f"{where}: {fault} {misfits[0]}" + _more(misfits))
-
-
-def _more(keys: list[str]) -> str:
-    return f" and {len(keys) - 1} more keys" if len(keys) > 1 else ""
+def _under(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in module.state_dict().items()}

@@ -4,26 +4,28 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.zoo import head as module
-from pretrain.zoo.head import VocabularyHead
+from pretrain.zoo.head import ColumnHead, VocabularyHead
 
 
-def make(dtype=torch.float64, *, M=37, width=8, vocabulary=11):
+def make(dtype=torch.float64, *, M=37, width=8, vocabulary=11, columns=False):
     generator = torch.Generator().manual_seed(0)
-    head = VocabularyHead(vocabulary=vocabulary, width=width).to(dtype)
-    torch.nn.init.normal_(head.weight, generator=generator)
+    weight = torch.randn(vocabulary, width, dtype=dtype, generator=generator)
+    parameter = torch.nn.Parameter(weight.T.contiguous() if columns else weight)
+    head = ColumnHead(parameter) if columns else VocabularyHead(parameter)
     states = torch.randn(M, width, dtype=dtype, generator=generator).requires_grad_()
     return head, states, torch.randint(vocabulary, (M,), generator=generator)
 
 
 def reference(head, states, targets, smoothing):
-    logits = states @ head.weight.T
+    logits = states @ head.matrix.T
     return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum"), logits
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("rows", [1, 5, 37, 1000])
-def test_loss_and_gradients_are_those_of_cross_entropy(smoothing, rows, monkeypatch):
-    head, states, targets = make()
+@pytest.mark.parametrize("columns", [False, True])
+def test_loss_and_gradients_are_those_of_cross_entropy(smoothing, rows, columns, monkeypatch):
+    head, states, targets = make(columns=columns)
     monkeypatch.setattr(module, "_CHUNK", rows * 11)
     expected, logits = reference(head, states, targets, smoothing)
     wanted = torch.autograd.grad(3 * expected, (states, head.weight))
@@ -53,6 +55,17 @@ def test_no_logits_of_the_whole_batch_exist(monkeypatch):
     with Watch():
         head.loss(states, targets, smoothing=0.1)[0].backward()
     assert largest == 4
+
+
+def test_a_matrix_of_columns_is_read_where_it_lies_and_its_gradient_lies_likewise():
+    rows, states, targets = make()
+    head, *_ = make(columns=True)
+    assert head.matrix.data_ptr() == head.weight.data_ptr()
+    assert torch.equal(head.matrix, rows.weight)
+    torch.testing.assert_close(head.logits(states), rows.logits(states))
+    head.loss(states, targets, smoothing=0.1)[0].backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.stride() == head.weight.stride()
 
 
 def test_nothing_to_score_costs_nothing():

@@ -2,7 +2,7 @@
 
 from objectives.itc import ITC
 from objectives.lm import LM
-from pretrain.config import Cadence, Run, Stage
+from pretrain.config import Cadence, Eval, Run, Stage
 from pretrain.optim import Optim
 from pretrain.zoo.models import DualConfig
 
@@ -15,4 +15,5 @@ def recipe() -> Run:
         objectives={"itc": ITC.Config(), "lm": LM.Config()},
         stages={"one": Stage(steps=1_250, batch=64, resolution=64, optim=optim)},
         cadence=Cadence(report=50, checkpoint=500),
+        eval=Eval(every=500),
     )

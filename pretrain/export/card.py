@@ -1,0 +1,183 @@
+"""The model card of an export: how to use it, and what the run knows of itself."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from datasets.errors import UserError
+from datasets.sources import open_source
+from objectives import kind_of
+from pretrain import runfile
+from pretrain.config import Run
+from pretrain.curriculum import Curriculum
+from pretrain.evaluate.subject import Subject
+from pretrain.export.preprocessing import normalisation_of
+from pretrain.rundir import RunDir
+from pretrain.sinks import jsonl
+
+Library = Literal["open_clip", "transformers"]
+
+USAGE: dict[Library, Template] = {
+    "open_clip": Template('''\
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:$folder")
+tokenizer = open_clip.get_tokenizer("local-dir:$folder")
+model.eval()
+image = Image.new("RGB", (320, 240), "red")  # or Image.open("photo.jpg")
+texts = ["a red square", "a blue circle"]
+with torch.no_grad():
+    seen = model.encode_image(preprocess(image).unsqueeze(0), normalize=True)
+    read = model.encode_text(tokenizer(texts), normalize=True)
+    logits = model.logit_scale.exp() * seen @ read.T
+print(dict(zip(texts, logits.softmax(-1)[0].tolist())))'''),
+    "transformers": Template('''\
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("$folder").eval()
+processor = AutoProcessor.from_pretrained("$folder")
+image = Image.new("RGB", (320, 240), "red")  # or Image.open("photo.jpg")
+texts = ["a red square", "a blue circle"]
+inputs = processor(images=image, text=texts, padding="max_length", truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits_per_image
+print(dict(zip(texts, logits.softmax(-1)[0].tolist())))'''),
+}  # fmt: skip
+"""Code that runs as it stands, once the directory is named."""
+
+
+def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequence[str]) -> str:
+    """README.md of an export.
+
+    Args:
+        subject: the model, and how it was trained.
+        run_dir: where it was trained.
+        to: the library that the export is for.
+        out: where the export will be found.
+        notes: sentences about its preprocessing.
+    """
+    from huggingface_hub import ModelCardData
+
+    run = subject.run
+    assert run is not None
+    kinds = sorted({kind_of(objective) for objective in run.objectives.values()})
+    header = ModelCardData(
+        library_name=to, pipeline_tag="zero-shot-image-classification", tags=["medley", "clip", *kinds]
+    )
+    samples = Curriculum(run.stages).samples_at(subject.step)
+    sections = {
+        "Use": [f"```python\n{USAGE[to].substitute(folder=out)}\n```"],
+        "Data": _data(run, run_dir, subject.step),
+        "Training": _training(run, subject.step, samples),
+        "Evaluation": _evaluation(run, run_dir, subject.step),
+        "Preprocessing": [*_preprocessing(subject), *notes],
+        "Recipe": ["All settings of the run:", f"```yaml\n{runfile.dump(run)}```"],
+    }
+    paragraphs = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {out.name}",
+        f"An image-text model, pretrained with Medley {version()} ({' + '.join(run.objectives)}) on "
+        f"{samples} samples of `{run.data}`.",
+        *(paragraph for title, body in sections.items() for paragraph in (f"## {title}", *body)),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def version() -> str:
+    """Medley's own, from pyproject.toml: the repository is run, not installed."""
+    root = Path(__file__).resolve().parents[2]
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
+def _data(run: Run, run_dir: Path, step: int) -> list[str]:
+    state = RunDir(run_dir).checkpoints / f"step-{step:08d}" / "state.json"
+    # A run that trains on may have dropped this checkpoint meanwhile.
+    fingerprint = json.loads(state.read_bytes())["data"] if state.is_file() else None
+    own = "scenes of their own" if run.data == "scenes" else ""
+    rows = [
+        ("trained on", f"`{run.data}`"),
+        ("samples", _count(run, fingerprint)),
+        ("fingerprint", f"`{fingerprint or 'unknown'}`"),
+        ("captions of a sample", run.captions),
+        ("evaluated on", f"`{run.val}`" if run.val else own),
+    ]
+    return [_table(("", ""), rows)]
+
+
+def _count(run: Run, fingerprint: str | None) -> str:
+    """How many samples the data hold, if they are still there."""
+    try:
+        source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
+    except (UserError, OSError):
+        return "unknown: the data were not here any more when this was written"
+    changed = ", but the data have changed since" if fingerprint not in (None, source.fingerprint) else ""
+    return f"{'drawn without end' if source.size is None else source.size}{changed}"
+
+
+def _training(run: Run, step: int, samples: int) -> list[str]:
+    stages = [
+        (
+            name, stage.steps, stage.batch, f"{stage.resolution} px",
+            stage.optim.kind, stage.optim.lr, stage.optim.weight_decay,
+        )
+        for name, stage in run.stages.items()
+    ]  # fmt: skip
+    objectives = [(name, kind_of(config), config.weight) for name, config in run.objectives.items()]
+    pretrained: str = getattr(run.model, "pretrained", "")
+    return [
+        f"Step {step}: {samples} samples seen, from {f'`{pretrained}`' if pretrained else 'random weights'}.",
+        _table(("stage", "steps", "batch", "images", "optimizer", "peak learning rate", "decay"), stages),
+        _table(("objective", "kind", "weight"), objectives),
+    ]
+
+
+def _evaluation(run: Run, run_dir: Path, step: int) -> list[str]:
+    """The last value of each measure up to this step, and what was found on other data."""
+    rundir, data = RunDir(run_dir), run.val or run.data
+    last: dict[str, tuple[float, int]] = {}
+    for record in jsonl.read(rundir.metrics) if rundir.metrics.exists() else ():
+        if record["step"] <= step:
+            last |= {
+                name.removeprefix("eval/"): (value, record["step"])
+                for name, value in record.items()
+                if name.startswith("eval/") and value is not None
+            }
+    # What the run said itself may be in a file as well, with what guessing would get.
+    rows = {(name, data, at): (value, None) for name, (value, at) in last.items()}
+    for path in sorted(rundir.evaluations.glob("*.json")):
+        found = json.loads(path.read_bytes())
+        for name, result in found["values"].items():
+            rows[name, found["data"], found["step"]] = result["value"], result["chance"]
+    if not rows:
+        return [f"Not yet: `python -m pretrain.evaluate {run_dir} --data ...`, and export again."]
+    cells = (
+        (name, *("" if each is None else f"{each:.4g}" for each in values), f"`{on}`", at)
+        for (name, on, at), values in rows.items()
+    )
+    return [_table(("measure", "value", "chance", "data", "step"), cells)]
+
+
+def _preprocessing(subject: Subject) -> list[str]:
+    seen, side, tokenizer = normalisation_of(subject.model.image), subject.resolution, subject.tokenizer
+    return [
+        f"Images: RGB, the central square, resized to {side} by {side} px (bicubic, antialiased), in 0..1, "
+        f"less {seen.mean}, divided by {seen.std}. Libraries resize before they cut out the square, so "
+        "theirs may lie half a pixel beside it.",
+        f"Captions: at most {tokenizer.context_length} of {tokenizer.vocabulary} tokens; longer ones lose "
+        "their last words.",
+    ]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    # A bar inside a cell would begin the next one.
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in cells)

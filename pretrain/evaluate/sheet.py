@@ -103,10 +103,11 @@ def save_sheet(sheet: Sheet, folder: Path, *, step: int, samples: int) -> Path:
 def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
     # Imported here: it costs half a second.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = max(1, -(-len(sheet.rows) // _COLUMNS))
-    figure = Figure(figsize=(2.6 * _COLUMNS, 3.3 * rows), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)  # pyright: ignore[reportOptionalMemberAccess]
+    layout = ConstrainedLayoutEngine(h_pad=0.1)
+    figure = Figure(figsize=(2.6 * _COLUMNS, 3.3 * rows), dpi=100, layout=layout)
     for place, row in enumerate(sheet.rows, start=1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
         axes.imshow(row.image.permute(1, 2, 0).numpy(), interpolation="nearest")

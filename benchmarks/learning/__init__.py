@@ -1,0 +1,1 @@
+"""open_clip's own training program beside Medley's `itc`: who has learned more after the same CPU time?"""

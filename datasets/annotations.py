@@ -3,9 +3,10 @@
 `KEY.json` may hold `captions` (a list) or `caption`, and `boxes` of `{phrase, box_xyxy, caption_index}` with
 coordinates in 0..1; where it names no caption, `KEY.txt` is the caption. Its `class` is the name of a class,
 its `class_id` or else `KEY.cls` the number, read where there is no name. What has a class needs no caption.
-The rules, each a reason to mask the
-sample when broken: UTF-8 throughout; captions are text and not empty. Spaces and line ends are collapsed,
-control characters left out, and what follows the first LONGEST characters is cut.
+
+The rules, each a reason to mask the sample when broken: UTF-8 throughout; captions are text and not empty.
+Spaces and line ends are collapsed, control characters left out, and what follows the first LONGEST characters
+is cut.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class Eval:
     names that the labels are."""
     limit: int = 0
     """Samples of --val that evaluations before the last look at; 0 for all."""
+    batch: int = 256
+    """Images that a rank encodes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ class Run:
             "--cadence.checkpoint": (self.cadence.checkpoint, 1),
             "--eval.every": (self.eval.every, 0),
             "--eval.limit": (self.eval.limit, 0),
+            "--eval.batch": (self.eval.batch, 1),
             "--cadence.keep": (self.cadence.keep, 2),  # the newest may be cut short by a crash
             "--seed": (self.seed, 0),
             "--precision.threads": (self.precision.threads, 0),

@@ -54,9 +54,9 @@ def record_start(path: Path, *, step: int, done: int, ranks: int, device: str) -
 
 
 def read_starts(path: Path) -> Iterator[Start]:
-    """The starts of a run, in order; torn lines are left out."""
+    """The starts of a run, in order; what is no start, such as a torn line, is left out."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             yield Start(**json.loads(line))
-        except ValueError:
+        except (ValueError, TypeError):
             continue

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +20,9 @@ from datasets.source import Source
 from datasets.sources import open_source
 from datasets.views import Augment
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
-from pretrain.evaluate.examine import Examination, Measure, examine
+from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge
+from pretrain.evaluate.possible import Examination, Measure, plan
 from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.subject import Subject, load_subject
@@ -50,6 +51,8 @@ class Command:
     """Samples of the data to look at; 0 for all."""
     resolution: int = 0
     """Side of the images in pixels; 0 for what the model was last trained with."""
+    batch: int = 256
+    """Images that a process encodes at a time."""
     json: Path | None = None
     """Where the results go; by default RUN_DIR/evaluations, where there is a run."""
 
@@ -69,55 +72,67 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(command: Command, ranks: Ranks) -> None:
-    if command.limit < 0 or command.resolution < 0:
-        raise UserError("--limit and --resolution are at least 0")
+    for flag, least in (("limit", 0), ("resolution", 0), ("batch", 1)):
+        if getattr(command, flag) < least:
+            raise UserError(f"--{flag} is {getattr(command, flag)}; it must be at least {least}")
     subject = load_subject(command.subject, step=command.step, ranks=ranks)
-    spec = command.data or (subject.run and (subject.run.val or subject.run.data)) or ""
-    if not spec:
-        raise UserError(f"{command.subject} does not say on what to judge it: name data by --data")
-    precision = subject.run.precision if subject.run else Precision()
-    compute = compute_for(precision, ranks.device)
-    judge = Judge(model=subject.model, tokenizer=subject.tokenizer, compute=compute)
-    notes, results = _measure(command, spec, subject, judge, ranks)
+    command = _as_in_training(command, subject)
+    resolution = command.resolution or subject.resolution
+    compute = compute_for(subject.run.precision if subject.run else Precision(), ranks.device)
+    judge = Judge(model=subject.model, tokenizer=subject.tokenizer, compute=compute, batch=command.batch)
+    said: list[str] = []
+    results = _measure(command, judge, resolution=resolution, ranks=ranks, note=said.append)
     if not ranks.zero:
         return
+    if (where := command.json or (_kept(command) if subject.run else None)) is not None:
+        kept = {name: getattr(command, name) for name in ("data", "limit", "classes")}
+        save(where, results, step=subject.step, resolution=resolution, **kept)
+        said.append(f"written to {where}")
     at = f" at step {subject.step}" if subject.step else ""
-    where = command.json or (_kept(command.subject, spec) if subject.run else None)
-    for line in [*notes, f"{subject.name}{at} on {spec}", *table(results)]:
+    for line in [f"{subject.name}{at} on {command.data}", *table(results), *said]:
         sys.stdout.write(f"{line}\n")
-    if where is not None:
-        save(where, results, step=subject.step, data=spec)
-        sys.stdout.write(f"written to {where}\n")
+
+
+def _as_in_training(command: Command, subject: Subject) -> Command:
+    """The command, with the data and classes that it leaves open filled in from the run."""
+    run = subject.run
+    own = "" if run is None else run.val or ("scenes" if run.data == "scenes" else "")
+    if not (command.data or own):
+        raise UserError(f"{command.subject} was not evaluated in training: name data by --data")
+    if run is not None and command.data in ("", own) and not command.classes:
+        command = replace(command, classes=run.eval.classes)
+    return replace(command, data=command.data or own)
 
 
 def _measure(
-    command: Command, spec: str, subject: Subject, judge: Judge, ranks: Ranks
-) -> tuple[list[str], Results]:
-    resolution = command.resolution or subject.resolution
-    if spec == "scenes":
+    command: Command, judge: Judge, *, resolution: int, ranks: Ranks, note: Callable[[str], None]
+) -> Results:
+    if command.data == "scenes":
         if command.measures or command.classes or command.train or command.limit:
             raise UserError("scenes have their own measures: only --step and --resolution go with them")
-        return [], examine_scenes(judge, resolution=resolution, ranks=ranks)
+        return examine_scenes(judge, resolution=resolution, ranks=ranks)
     examination = Examination(
-        source=_open(spec),
+        source=_open(command.data),
         resolution=resolution,
         measures=command.measures,
         classes=load_classes(command.classes) if command.classes else None,
         train=_open(command.train) if command.train else None,
         limit=command.limit or None,
     )
-    results = examine(judge, examination, ranks=ranks)
-    return examination.notes, results
+    for sentence in plan(judge, examination).left_out:
+        note(sentence)
+    return examine(judge, examination, ranks=ranks, note=note)
 
 
 def _open(spec: str) -> Source:
     return open_source(spec, seed=0, split="test", augment=Augment())
 
 
-def _kept(run: Path, spec: str) -> Path:
-    """RUN_DIR/evaluations/NAME.json, by a name made of the data's; a second evaluation takes its place."""
-    name = re.sub(r"[^\w.-]+", "-", spec).strip("-.")[-80:]
-    return RunDir(run).evaluations / f"{name}.json"
+def _kept(command: Command) -> Path:
+    """RUN_DIR/evaluations/NAME.json, by what was asked; the same question again takes its place."""
+    asked = [command.data, *command.measures, *([f"first-{command.limit}"] if command.limit else [])]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(asked)).strip("-.")[-100:]
+    return RunDir(command.subject).evaluations / f"{name}.json"
 
 
 if __name__ == "__main__":

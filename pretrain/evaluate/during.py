@@ -5,8 +5,9 @@ from __future__ import annotations
 from datasets.errors import UserError
 from datasets.scenes import Scenes
 from datasets.source import Source
-from pretrain.evaluate.examine import Examination, examine, possible
+from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge
+from pretrain.evaluate.possible import Examination, plan
 from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.sheet import make_sheet, save_sheet
@@ -38,31 +39,38 @@ def check(training: Training) -> None:
     """Refuse an evaluation that cannot be made, before hours of training lead up to it.
 
     Raises:
-        UserError: a class file that is none, or data on which this model cannot be judged at all.
+        UserError: a class file that is none or not of this data, or nothing that can be measured.
     """
     if training.val is not None:
-        possible(judge_of(training), _examination(training, training.val))
+        for sentence in plan(judge_of(training), _examination(training, training.val)).left_out:
+            training.sink.note(sentence)
 
 
 def evaluate(training: Training) -> None:
-    """Judge the model on all ranks together, write a sample sheet, and tell the sinks."""
+    """Judge the model on all ranks together, tell the sinks, and write a sample sheet."""
     with training.clock.pause():
         try:
             results = _examine(training)
         except UserError as error:
-            if training.standing.step == training.curriculum.steps:
+            if _is_last(training):
                 raise
-            # Half-way, training matters more: what cannot be judged can be mended until the end.
+            # Half-way, training matters more: another --val or --eval.classes is in time until the end.
             training.sink.note(f"warning: step {training.standing.step} is not judged: {error}")
             return
         if training.ranks.zero:
             _tell(training, results)
+            _show(training, results)
         training.ranks.wait()
 
 
 def judge_of(training: Training) -> Judge:
     """The model as evaluation sees it."""
-    return Judge(model=training.pretrainer.model, tokenizer=training.tokenizer, compute=training.compute)
+    return Judge(
+        model=training.pretrainer.model,
+        tokenizer=training.tokenizer,
+        compute=training.compute,
+        batch=training.run.eval.batch,
+    )
 
 
 def _examine(training: Training) -> Results:
@@ -72,32 +80,23 @@ def _examine(training: Training) -> Results:
     if training.val is None:
         return {}
     examination = _examination(training, training.val)
-    results = examine(judge, examination, ranks=ranks)
-    for note in examination.notes:
-        training.sink.note(note)
-    return results
+    return examine(judge, examination, ranks=ranks, note=training.sink.note)
 
 
 def _examination(training: Training, val: Source) -> Examination:
-    settings, last = training.run.eval, training.standing.step == training.curriculum.steps
+    settings = training.run.eval
     return Examination(
         source=val,
         resolution=_resolution(training),
         classes=load_classes(settings.classes) if settings.classes else None,
-        limit=None if last else settings.limit or None,
+        limit=None if _is_last(training) else settings.limit or None,
     )
 
 
 def _tell(training: Training, results: Results) -> None:
-    step, samples = training.standing.step, training.standing.position
-    source = Scenes(split="test") if _on_scenes(training) else training.val
-    if source is not None:
-        sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))
-        save_sheet(sheet, training.rundir.samples, step=step, samples=samples)
-    data = training.run.val or training.run.data
-    save(training.rundir.evaluations / "val.json", results, step=step, data=data)
+    """The numbers, to whoever follows the run."""
+    step, samples, last = training.standing.step, training.standing.position, _is_last(training)
     values = {f"eval/{name}": result.value for name, result in results.items()}
-    last = step == training.curriculum.steps
     training.sink.step(step, {"samples": samples, **values, **({"finished": 1.0} if last else {})})
     if not results:
         lines = ["nothing to evaluate on: name data by --val"]
@@ -107,6 +106,30 @@ def _tell(training: Training, results: Results) -> None:
         lines = [f"step {step}: " + "  ".join(f"{name} {each.value:.3f}" for name, each in results.items())]
     for line in lines:
         training.sink.note(line)
+
+
+def _show(training: Training, results: Results) -> None:
+    """The files beside the numbers; training goes on without them."""
+    step, source = training.standing.step, Scenes(split="test") if _on_scenes(training) else training.val
+    try:
+        save(
+            training.rundir.evaluations / "val.json",
+            results,
+            step=step,
+            data=training.run.val or training.run.data,
+            limit=0 if _is_last(training) else training.run.eval.limit,
+            classes=training.run.eval.classes,
+            resolution=_resolution(training),
+        )
+        if source is not None:
+            sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))
+            save_sheet(sheet, training.rundir.samples, step=step, samples=training.standing.position)
+    except (OSError, UserError) as error:
+        training.sink.note(f"warning: no sample sheet of step {step}: {error}")
+
+
+def _is_last(training: Training) -> bool:
+    return training.standing.step == training.curriculum.steps
 
 
 def _on_scenes(training: Training) -> bool:

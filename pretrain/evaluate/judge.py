@@ -48,6 +48,8 @@ class Judge:
     model: Dual
     tokenizer: Tokenizer
     compute: Compute
+    batch: int = 256
+    """Images that are encoded at a time."""
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ B images, N texts, D embedding width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,9 @@ from torch import Tensor
 from datasets.errors import UserError
 from datasets.loader import Examined, evaluation_batches
 from datasets.source import Source
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, SaidByRankZeroError
 from pretrain.evaluate.judge import Judge, Look
 
-_BATCH = 256
 _THREADS = 2
 
 
@@ -71,26 +70,42 @@ def observe(
         write: whether to generate captions, where the model can.
 
     Raises:
-        UserError: not one sample can be read.
+        UserError: not one sample can be read, or the data themselves cannot; on every rank alike.
     """
     batches = evaluation_batches(
         source,
         judge.tokenizer,
-        batch=_BATCH,
+        batch=judge.batch,
         resolution=resolution,
         limit=limit,
         rank=ranks.rank,
         ranks=ranks.world,
         threads=_THREADS,
     )
-    parts = [_part(examined, judge.look(examined.batch, write=write)) for examined in batches]
+    mine = _Share()
+    try:
+        mine.parts += [_part(examined, judge.look(examined.batch, write=write)) for examined in batches]
+    except (OSError, UserError) as error:  # for every rank to know, or the others would wait for this one
+        mine.fault = f"{source.name} cannot be read: {error}"
+    everyone = [mine]
     if ranks.group is not None:
-        everyone: list[list[Observed]] = [[] for _ in range(ranks.world)]
-        dist.all_gather_object(everyone, parts, group=ranks.group)
-        parts = [part for mine in everyone for part in mine]
-    if not any(part.keys for part in parts):
-        raise UserError(f"not one sample of {source.name} can be read")
+        everyone = [_Share() for _ in range(ranks.world)]
+        dist.all_gather_object(everyone, mine, group=ranks.group)
+    parts = [part for each in everyone for part in each.parts]
+    fault = next((each.fault for each in everyone if each.fault), "")
+    if not fault and not any(part.keys for part in parts):
+        fault = f"not one sample of {source.name} can be read"
+    if fault:
+        raise UserError(fault) if ranks.zero else SaidByRankZeroError(fault)
     return _join(parts)
+
+
+@dataclass
+class _Share:
+    """What one rank has made of its batches."""
+
+    parts: list[Observed] = field(default_factory=list[Observed])
+    fault: str = ""
 
 
 def _part(examined: Examined, look: Look) -> Observed:

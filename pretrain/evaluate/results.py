@@ -33,13 +33,38 @@ def table(results: Mapping[str, Result]) -> Sequence[str]:
     ]
 
 
-def save(path: Path, results: Mapping[str, Result], *, step: int, data: str) -> None:
-    """Write results as JSON: `{"step": ..., "data": ..., "values": {NAME: {"value": ..., "chance": ...}}}`.
+def save(
+    path: Path,
+    results: Mapping[str, Result],
+    *,
+    step: int,
+    data: str,
+    limit: int,
+    classes: str,
+    resolution: int,
+) -> None:
+    """Write results as JSON: the arguments by name, and `"values": {NAME: {"value": ..., "chance": ...}}`.
+
+    Args:
+        path: the file; it and its directory are created.
+        results: what was measured.
+        step: of the model.
+        data: on what.
+        limit: samples that were looked at, 0 for all.
+        classes: the class file, if one was named.
+        resolution: of the images, in pixels.
 
     Raises:
         UserError: the file cannot be written.
     """
-    plain = {"step": step, "data": data, "values": {name: asdict(each) for name, each in results.items()}}
+    plain = {
+        "step": step,
+        "data": data,
+        "limit": limit,
+        "classes": classes,
+        "resolution": resolution,
+        "values": {name: asdict(each) for name, each in results.items()},
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps(plain, indent=1).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def save_sheet(sheet: Sheet, folder: Path, *, step: int, samples: int) -> Path:
     rows: list[dict[str, object]] = []
     for place, row in enumerate(sheet.rows):
         name = f"images/{place:02d}.png"
-        Image.fromarray(row.image.permute(1, 2, 0).contiguous().numpy()).save(folder / name)
+        _keep(folder / name, _png(row.image))
         rows.append({"key": row.key, "image": name, "said": row.said, "references": list(row.references)})
     picture = folder / f"step-{step:08d}.png"
     _draw(sheet, picture, step=step)
@@ -98,6 +99,18 @@ def save_sheet(sheet: Sheet, folder: Path, *, step: int, samples: int) -> Path:
     # Last, and whole: who follows this directory reads the JSON first.
     replace(folder / f"step-{step:08d}.json", json.dumps(record, indent=1).encode())
     return picture
+
+
+def _png(image: Tensor) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file that others may be reading: whole, and only if it says something new."""
+    if not path.exists() or path.read_bytes() != content:
+        replace(path, content)
 
 
 def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
@@ -120,7 +133,9 @@ def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
         for text in (axes.title, axes.xaxis.label):
             text.set_parse_math(False)  # a caption may hold a dollar sign
     figure.suptitle(f"step {step}: above, by the {sheet.said_by}; below, the reference", fontsize=9)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    _keep(path, drawn.getvalue())
 
 
 def _wrapped(text: str) -> str:

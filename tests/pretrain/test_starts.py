@@ -24,6 +24,6 @@ def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path):
     path = tmp_path / "starts.jsonl"
     start(path, 0, 0)
     with path.open("ab") as file:
-        file.write(b'{"time": 17')
+        file.write(b'{"time": 17}\n{"time": 17')
     assert start(path, 6, 9).restarts == 1
     assert start(path, 9, 9).lost_steps == 3

@@ -11,6 +11,7 @@ import torch
 from pretrain import checkpoint, launch
 from pretrain.evaluate import __main__ as command
 from pretrain.evaluate.subject import load_subject
+from pretrain.ledger import Ledger
 
 TINY = (
     "--objectives itc,lm --stages.one.batch 8 --stages.one.resolution 32 --vocabulary 300 --model.embed 16 "
@@ -47,10 +48,11 @@ def test_the_last_evaluation_of_training_is_that_of_the_command(run, data, capsy
     said = capsys.readouterr().out
     assert f"{run} at step 4 on {data}" in said
     assert "1 samples of" in said
-    (kept,) = (run / "evaluations").glob("*.json")
+    (kept,) = [path for path in (run / "evaluations").glob("*.json") if path.name != "val.json"]
     found = json.loads(kept.read_text())
     assert (found["step"], found["data"]) == (4, data)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {f"eval/{name}" for name in found["values"]} == {name for name in last if name.startswith("eval/")}
     for name, each in found["values"].items():
         assert last[f"eval/{name}"] == pytest.approx(each["value"], rel=1e-6), name
         assert f"{name} " in said
@@ -59,17 +61,11 @@ def test_the_last_evaluation_of_training_is_that_of_the_command(run, data, capsy
 
 def test_two_ranks_find_the_same(run, data, tmp_path):
     for world in (1, 2):
-        program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        arguments = [
-            str(world),
-            "-m",
-            "pretrain.evaluate",
-            str(run),
-            "--json",
-            str(tmp_path / f"{world}.json"),
-        ]
+        program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        # Small batches, so that both ranks have some.
+        arguments = [str(run), "--batch", "4", "--json", str(tmp_path / f"{world}.json")]
         result = subprocess.run(
-            [sys.executable, *program, *arguments],
+            [sys.executable, *program, "-m", "pretrain.evaluate", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -94,6 +90,34 @@ def test_what_it_measures_can_be_chosen(run, data, tmp_path, capsys):
     }
 
 
+def test_evaluation_changes_no_bit_of_the_training(run, data, tmp_path):
+    out = tmp_path / "run"
+    assert launch.main(f"{TINY} --data {data} --out {out}".split()) == launch.DONE
+    lines = [Ledger(each / "ledger").final() for each in (run, out)]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 4
+    weights = [each / "checkpoints" / "step-00000004" / "model.safetensors" for each in (run, out)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_files_that_cannot_be_written_are_a_warning(tmp_path, data, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "samples").write_text("a file where a directory should be")
+    arguments = f"{TINY} --data {data} --val {data} --eval.every 2 --eval.limit 8 --out {out}"
+    assert launch.main(arguments.split()) == launch.DONE
+    assert "warning: no sample sheet of step 2" in capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records if "eval/zero_shot_top1" in each] == [2, 4]
+
+
+def test_a_run_judged_on_nothing_asks_for_data(tmp_path, data, capsys):
+    out = tmp_path / "run"
+    assert launch.main(f"{TINY} --stages.one.steps 2 --data {data} --out {out}".split()) == launch.DONE
+    assert command.main([str(out)]) == 2
+    assert "was not evaluated in training: name data by --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -105,7 +129,7 @@ def test_what_it_measures_can_be_chosen(run, data, tmp_path, capsys):
         ("RUN --measures linear_probe", "name them by --train"),
         ("RUN --json /proc/nothing/x.json", "the results cannot be written to /proc/nothing/x.json"),
         ("RUN --data scenes --train x.tar", "scenes have their own measures"),
-        ("RUN --limit -1", "at least 0"),
+        ("RUN --limit -1", "--limit is -1; it must be at least 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(run, capsys, arguments, sentence):

@@ -10,8 +10,9 @@ from datasets.sources import open_source
 from datasets.views import Augment
 from pretrain.distributed import Ranks
 from pretrain.evaluate.caption import caption_metrics
-from pretrain.evaluate.examine import Examination, examine
+from pretrain.evaluate.examine import examine
 from pretrain.evaluate.observe import observe
+from pretrain.evaluate.possible import Examination, plan
 from pretrain.evaluate.zero_shot import Classes
 from pretrain.testing import untrained_judge
 
@@ -41,7 +42,8 @@ def data(tmp_path_factory, write_shard):
 
 
 def measured(judge, source, **more):
-    return examine(judge, Examination(source=source, resolution=32, **more), ranks=ALONE)
+    notes = more.pop("notes", [])
+    return examine(judge, Examination(source=source, resolution=32, **more), ranks=ALONE, note=notes.append)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +103,66 @@ def test_what_is_asked_for_and_impossible_is_refused(data, kind, parts, measure,
 
 
 def test_where_nothing_is_possible_every_reason_is_given(data):
-    with pytest.raises(UserError, match=r"nothing can be measured: .*names.tar holds no captions.*no text"):
+    with pytest.raises(UserError, match=r"nothing can be measured: .*names\.tar holds no captions.*no text"):
         measured(untrained_judge(text=False), data["names"])
 
 
 def test_what_cannot_be_read_is_noted(data, judge):
-    examination = Examination(source=data["faulty"], resolution=32)
-    examine(judge, examination, ranks=ALONE)
-    (note,) = examination.notes
+    notes = []
+    measured(judge, data["faulty"], notes=notes)
+    (note,) = notes
     assert "1 samples of" in note
+
+
+def test_what_is_left_out_is_said_with_the_reason(data, judge):
+    said = plan(judge, Examination(source=data["captions"], resolution=32)).left_out
+    assert said == (
+        f"not measured: zero_shot, linear_probe, nearest_neighbours ({data['captions'].name} holds no class "
+        "labels)",
+    )
+
+
+def test_the_whole_set_is_glanced_at(tmp_path, write_shard, judge):
+    """Twenty with classes, then twenty with captions."""
+
+    def beside(place, colour):
+        return {"class": colour} if place < 20 else {"caption": f"number {place}"}
+
+    shard = write_shard(tmp_path / "late.tar", 40, beside=beside)
+    source = open_source(shard, seed=0, split="test", augment=Augment())
+    assert {"zero_shot", "retrieval"} <= plan(judge, Examination(source=source, resolution=32)).measures
+
+
+def test_a_set_that_cannot_be_read_says_why(tmp_path, write_shard, judge):
+    shard = write_shard(tmp_path / "odd.tar", 5, beside=lambda place, colour: {"class": 3})
+    source = open_source(shard, seed=0, split="test", augment=Augment())
+    with pytest.raises(
+        UserError, match=r"not one of 5 samples of .*odd\.tar can be read .*class is not text"
+    ):
+        plan(judge, Examination(source=source, resolution=32))
+
+
+@pytest.mark.parametrize("kind", ["captions"])
+def test_classes_and_images_to_learn_from_are_for_labelled_data(data, judge, kind):
+    with pytest.raises(UserError, match="holds no class labels"):
+        measured(judge, data[kind], classes=Classes(("red", "green"), ("a {}",)))
+    with pytest.raises(UserError, match=r"linear_probe cannot be measured: .*holds no class labels"):
+        measured(judge, data[kind], train=data["names"])
+
+
+def test_classes_of_other_data_are_refused_at_a_glance(data, judge):
+    examination = Examination(source=data["names"], resolution=32, classes=Classes(("cat",), ("a {}",)))
+    with pytest.raises(UserError, match="which is none of the 1 classes"):
+        plan(judge, examination)
+
+
+def test_huge_numbers_are_names_and_one_class_teaches_nothing(tmp_path, write_shard, judge):
+    def opened(name, beside):
+        shard = write_shard(tmp_path / name, 9, beside=beside)
+        return open_source(shard, seed=0, split="test", augment=Augment())
+
+    huge = opened("huge.tar", lambda place, colour: {"class_id": 10**9 * (1 + place % 3)})
+    assert measured(judge, huge, train=huge)["linear_probe"].chance == pytest.approx(1 / 3)
+    one = opened("one.tar", lambda place, colour: {"class": "red"})
+    with pytest.raises(UserError, match=r"one\.tar holds fewer than two classes"):
+        measured(judge, one, train=one)

@@ -1,6 +1,9 @@
 """A data set through a model: the same bits on any number of ranks, without what cannot be read."""
 
 import dataclasses
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,6 @@ from datasets.errors import UserError
 from datasets.sources import open_source
 from datasets.views import Augment
 from pretrain.distributed import Ranks
-from pretrain.evaluate import observe as module
 from pretrain.evaluate.observe import observe
 from pretrain.testing import untrained_judge
 
@@ -39,21 +41,42 @@ def plain(observed):
 
 def observe_on(ranks, shard):
     """On each rank of the pool."""
-    module._BATCH = 4
-    return plain(observe(untrained_judge(), opened(shard), resolution=32, ranks=ranks))
+    judge = replace(untrained_judge(), batch=4)
+    return plain(observe(judge, opened(shard), resolution=32, ranks=ranks))
 
 
-def test_the_same_on_any_number_of_ranks(judge, shard, pool, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH", 4)
-    alone = plain(observe(judge, opened(shard), resolution=32, ranks=ALONE))
+def test_the_same_on_any_number_of_ranks(judge, shard, pool):
+    alone = plain(observe(replace(judge, batch=4), opened(shard), resolution=32, ranks=ALONE))
     for world in (1, 2, 4):
         for found in pool.run(observe_on, world, shard=shard):
             assert found == alone
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(judge, shard, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH", 4)
-    seen = observe(judge, opened(shard), resolution=32, ranks=ALONE)
+def fail_on(ranks, shard):
+    """On each rank of the pool: the second shard is cut off after it was opened."""
+    source = opened(f"{shard},{shard}.second.tar")
+    ranks.wait()
+    if ranks.zero:
+        os.truncate(f"{shard}.second.tar", 5120)
+    ranks.wait()
+    judge = replace(untrained_judge(), batch=4)
+    try:
+        observe(judge, source, resolution=32, ranks=ranks)
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def test_what_one_rank_cannot_read_stops_all_of_them(shard, pool):
+    for world in (1, 2):
+        Path(f"{shard}.second.tar").write_bytes(Path(shard).read_bytes())
+        answers = pool.run(fail_on, world, shard=shard)
+        assert [name for name, _ in answers] == ["UserError", "SaidByRankZeroError"][:world]
+        assert all("cannot be read: [Errno 5] the shard has become shorter" in said for _, said in answers)
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(judge, shard):
+    seen = observe(replace(judge, batch=4), opened(shard), resolution=32, ranks=ALONE)
     kept = [place for place in range(13) if place not in (4, 12)]
     assert seen.masked == 2
     assert seen.said is not None

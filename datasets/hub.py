@@ -1,6 +1,7 @@
 """Files from the hub of Hugging Face: those in the cache are taken, and a missing network is said at once.
 
-The libraries that ask the hub try again for half a minute. Here it is asked once whether it is there.
+The libraries that ask the hub try again for half a minute. Here it is asked once whether it is there: a
+connection tells within a second whether there is a network, and only then an answer is waited for.
 """
 
 # pyright: reportUnknownVariableType=false
@@ -9,11 +10,14 @@ The libraries that ask the hub try again for half a minute. Here it is asked onc
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from datasets.errors import UserError
 
@@ -21,7 +25,9 @@ PREFIX = "hf-hub:"
 """How open_clip and timm write that a name is one of the hub."""
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PATIENCE = 0.8
-"""Seconds in which the hub has to answer."""
+"""Seconds in which its name has to be found and a connection to stand: without a network neither happens."""
+_ANSWER = 10.0
+"""Seconds that a hub which is there may take to answer; behind a proxy some need several."""
 
 
 def fetch(repository: str, file: str, *, instead: str) -> Path:
@@ -103,23 +109,38 @@ def _silence(url: str) -> str | None:
     """Why the hub does not answer; None if it does, be it with a refusal."""
     from huggingface_hub import get_session
 
-    answers: SimpleQueue[str | None] = SimpleQueue()
+    faults: SimpleQueue[str | None] = SimpleQueue()
 
     def ask() -> None:
         try:
-            status = get_session().head(url, timeout=_PATIENCE).status_code
+            socket.create_connection(_first_stop(url), timeout=_PATIENCE).close()
+            faults.put(None)
+            status = get_session().head(url, timeout=_ANSWER).status_code
         except Exception as error:
-            answers.put(_first_line(error))
+            faults.put(_first_line(error))
         else:
             # A proxy without a network behind it answers so; the library would ask it again and again.
-            answers.put(f"status {status}" if status >= 500 else None)
+            faults.put(f"status {status}" if status >= 500 else None)
 
     # In a thread, because resolving a name knows no timeout; a daemon, because nobody waits for it.
     Thread(target=ask, daemon=True).start()
-    try:
-        return answers.get(timeout=_PATIENCE)
-    except Empty:
-        return "no answer within a second"
+    for awaited, seconds in (("connection", _PATIENCE), ("answer", _ANSWER)):
+        try:
+            fault = faults.get(timeout=seconds)
+        except Empty:
+            return f"no {awaited} within {seconds:g} s"
+        if fault is not None:
+            return fault
+    return None
+
+
+def _first_stop(url: str) -> tuple[str | None, int]:
+    """Host and port that a request goes to first: those of the proxy, where the environment names one."""
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(parts.netloc):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
 
 
 def _first_line(error: Exception) -> str:

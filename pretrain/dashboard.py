@@ -1,6 +1,9 @@
 """The dashboard of a run's W&B project, as code: `python -m pretrain.dashboard RUN_DIR`.
 
-What is on it follows from what the run is and not from what it has reported, so it can be made at once.
+It can be made at once, because what is on it follows from what the run is. Only what the model is judged by
+depends on the data as well: whether that has class labels, captions and enough classes. So before the first
+evaluation there is a panel for whatever the flags allow, and some may stay empty; made again after it, there
+is one for what was measured.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from datasets.errors import UserError
 from objectives import kind_of, objective_class
 from pretrain import runfile
 from pretrain.config import Run
+from pretrain.mirror.account import login, one_line, project_of
 from pretrain.mirror.reach import answers
-from pretrain.mirror.upload import project_of
+from pretrain.mirror.rows import Rows
 from pretrain.rundir import RunDir
 from pretrain.sinks.mirrored import Wandb, settings_of
 
@@ -90,18 +94,35 @@ def sections(
     return tuple(section for section in everything if section.panels)
 
 
-def of_run(run: Run) -> tuple[Section, ...]:
-    """What the dashboard of a run shows."""
+def of_run(run: Run, *, measured: Collection[str] = ()) -> tuple[Section, ...]:
+    """What the dashboard of a run shows.
+
+    Args:
+        run: resolved.
+        measured: what its evaluations have found, without `eval/`; before the first, all that the flags allow
+            is shown, of which the data may lack some.
+    """
     kinds = [objective_class(kind_of(config)) for config in run.objectives.values()]
     read = {"image", *(wanted.run[0] for kind in kinds for wanted in kind.passes)}
     towers = [tower for tower in ("image", "text", "captioner") if tower in read]
     if any(kind.temperature is not None for kind in kinds):
         towers.append("objectives")
+    evaluations = measured or _allowed(run, read)
+    return sections(objectives=tuple(run.objectives), towers=towers, evaluations=evaluations)
+
+
+def _allowed(run: Run, read: Collection[str]) -> Collection[str]:
+    """What the model may be judged by, as far as the flags say; `read` names what its objectives read."""
     scenes, given = (run.val or run.data) == "scenes", bool(run.val)
     embeds = (*_RECALL, *(_SCENES if scenes else _ZERO_SHOT)) if "text" in read else ()
     writes = (_EXACT if scenes else _CAPTIONS) if "captioner" in read else ()
-    evaluations = (*embeds, *writes) if scenes or given else ()
-    return sections(objectives=tuple(run.objectives), towers=towers, evaluations=evaluations)
+    return (*embeds, *writes) if scenes or given else ()
+
+
+def measured(rundir: RunDir) -> set[str]:
+    """The names of what the evaluations of a run have found so far, without `eval/`."""
+    names = {name for row in Rows(rundir.metrics).new(ended=True) for name in row}
+    return {name.removeprefix("eval/") for name in names if name.startswith("eval/")}
 
 
 def panel_metrics(shown: Sequence[Section]) -> set[str]:
@@ -149,9 +170,10 @@ def build(rundir: RunDir, *, dry_run: Path | None) -> str:
     """Save the dashboard of a run's project, or write it as JSON; returns where it is.
 
     Raises:
-        UserError: no run, no client, no key, no server, or no place for the file.
+        UserError: no run, no client, no key or a malformed one, no server, or no place for the file.
     """
-    settings, shown = settings_of(rundir), of_run(runfile.load(rundir.run_yaml))
+    settings = settings_of(rundir)
+    shown = of_run(runfile.load(rundir.run_yaml), measured=measured(rundir))
     if find_spec("wandb_workspaces") is None:
         raise UserError("dashboards need the package wandb-workspaces: pip install -e '.[dashboards]'")
     # The library reads these when it is imported. A run may be kept offline; its dashboard cannot.
@@ -170,9 +192,9 @@ def build(rundir: RunDir, *, dry_run: Path | None) -> str:
 def _save(shown: Sequence[Section], settings: Wandb) -> str:
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):
+    server = login()
+    if server is None:
         raise UserError("W&B keeps its dashboards and needs an API key: wandb login, or --dry-run FILE")
-    server = wandb.setup().settings.base_url
     if not answers(server):
         raise UserError(
             f"W&B keeps its dashboards, and {server} does not answer: --dry-run FILE needs neither"
@@ -181,8 +203,7 @@ def _save(shown: Sequence[Section], settings: Wandb) -> str:
         entity = settings.entity or wandb.setup().settings.entity or wandb.Api().default_entity or ""
         return workspace(shown, entity=entity, project=project_of(settings)).save().url
     except Exception as error:  # the client's layers share no class of errors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{server} does not take the dashboard: {reason}") from error
+        raise UserError(f"{server} does not take the dashboard: {one_line(error)}") from error
 
 
 def _panels(*metrics: str) -> tuple[Panel, ...]:

@@ -117,7 +117,7 @@ def _show(training: Training, results: Results) -> None:
             results,
             step=step,
             data=training.run.val or training.run.data,
-            limit=0 if _is_last(training) else training.run.eval.limit,
+            limit=0 if _is_last(training) or _on_scenes(training) else training.run.eval.limit,
             classes=training.run.eval.classes,
             resolution=_resolution(training),
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from datasets.errors import UserError
 from datasets.sources import open_source
@@ -52,7 +55,9 @@ with torch.no_grad():
     logits = model(**inputs).logits_per_image
 print(dict(zip(texts, logits.softmax(-1)[0].tolist())))'''),
 }  # fmt: skip
-"""Code that runs as it stands, once the directory is named."""
+"""Code that runs as it stands, beside the directory that it names."""
+_PATH = re.compile(r"(?<![^\s,:{`])/(?!/)[^,`]+")
+"""An absolute path in a setting or a sentence: at its beginning, or behind what separates or names one."""
 
 
 def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequence[str]) -> str:
@@ -74,19 +79,23 @@ def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequ
         library_name=to, pipeline_tag="zero-shot-image-classification", tags=["medley", "clip", *kinds]
     )
     samples = Curriculum(run.stages).samples_at(subject.step)
+    name = out.resolve().name
     sections = {
-        "Use": [f"```python\n{USAGE[to].substitute(folder=out)}\n```"],
+        "Use": [
+            f"In the directory that holds `{name}`:",
+            f"```python\n{USAGE[to].substitute(folder=name)}\n```",
+        ],
         "Data": _data(run, run_dir, subject.step),
         "Training": _training(run, subject.step, samples),
-        "Evaluation": _evaluation(run, run_dir, subject.step),
-        "Preprocessing": [*_preprocessing(subject), *notes],
-        "Recipe": ["All settings of the run:", f"```yaml\n{runfile.dump(run)}```"],
+        "Evaluation": _evaluation(run, run_dir, subject),
+        "Preprocessing": [*_preprocessing(subject), *map(_short, notes)],
+        "Recipe": ["All settings of the run:", f"```yaml\n{_recipe(run)}```"],
     }
     paragraphs = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {out.name}",
+        f"# {name}",
         f"An image-text model, pretrained with Medley {version()} ({' + '.join(run.objectives)}) on "
-        f"{samples} samples of `{run.data}`.",
+        f"{samples} samples of `{_short(run.data)}`.",
         *(paragraph for title, body in sections.items() for paragraph in (f"## {title}", *body)),
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -102,13 +111,13 @@ def _data(run: Run, run_dir: Path, step: int) -> list[str]:
     state = RunDir(run_dir).checkpoints / f"step-{step:08d}" / "state.json"
     # A run that trains on may have dropped this checkpoint meanwhile.
     fingerprint = json.loads(state.read_bytes())["data"] if state.is_file() else None
-    own = "scenes of their own" if run.data == "scenes" else ""
+    evaluated = f"`{_short(run.val)}`" if run.val else "scenes of their own" if run.data == "scenes" else ""
     rows = [
-        ("trained on", f"`{run.data}`"),
+        ("trained on", f"`{_short(run.data)}`"),
         ("samples", _count(run, fingerprint)),
         ("fingerprint", f"`{fingerprint or 'unknown'}`"),
         ("captions of a sample", run.captions),
-        ("evaluated on", f"`{run.val}`" if run.val else own),
+        *([("evaluated on", evaluated)] if evaluated else []),
     ]
     return [_table(("", ""), rows)]
 
@@ -132,7 +141,7 @@ def _training(run: Run, step: int, samples: int) -> list[str]:
         for name, stage in run.stages.items()
     ]  # fmt: skip
     objectives = [(name, kind_of(config), config.weight) for name, config in run.objectives.items()]
-    pretrained: str = getattr(run.model, "pretrained", "")
+    pretrained = _short(getattr(run.model, "pretrained", ""))
     return [
         f"Step {step}: {samples} samples seen, from {f'`{pretrained}`' if pretrained else 'random weights'}.",
         _table(("stage", "steps", "batch", "images", "optimizer", "peak learning rate", "decay"), stages),
@@ -140,9 +149,30 @@ def _training(run: Run, step: int, samples: int) -> list[str]:
     ]
 
 
-def _evaluation(run: Run, run_dir: Path, step: int) -> list[str]:
+def _evaluation(run: Run, run_dir: Path, subject: Subject) -> list[str]:
     """The last value of each measure up to this step, and what was found on other data."""
-    rundir, data = RunDir(run_dir), run.val or run.data
+    rundir, last, unreadable = RunDir(run_dir), Curriculum(run.stages).steps, list[str]()
+    rows: dict[tuple[str, str, int], tuple[float, float | None]] = {}
+    for name, (value, step) in _last_values(rundir, subject.step).items():
+        limit = run.eval.limit if step < last else 0
+        rows[name, _on(run.val or run.data, limit=limit, classes=run.eval.classes), step] = value, None
+    # What the run said itself may be in a file as well, with what guessing would get.
+    for path in sorted(rundir.evaluations.glob("*.json")):
+        try:
+            rows |= _found(path, resolution=subject.resolution)
+        except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no JSON, or of another form
+            unreadable.append(f"`{path.name}` of the run's evaluations could not be read and is left out.")
+    if not rows:
+        return ["Not evaluated.", *unreadable]
+    cells = (
+        (name, *("" if each is None else f"{each:.4g}" for each in values), on, step)
+        for (name, on, step), values in rows.items()
+    )
+    return [_table(("measure", "value", "chance", "data", "step"), cells), *unreadable]
+
+
+def _last_values(rundir: RunDir, step: int) -> dict[str, tuple[float, int]]:
+    """Of each measure that training took up to a step: its last value, and at which step."""
     last: dict[str, tuple[float, int]] = {}
     for record in jsonl.read(rundir.metrics) if rundir.metrics.exists() else ():
         if record["step"] <= step:
@@ -151,19 +181,41 @@ def _evaluation(run: Run, run_dir: Path, step: int) -> list[str]:
                 for name, value in record.items()
                 if name.startswith("eval/") and value is not None
             }
-    # What the run said itself may be in a file as well, with what guessing would get.
-    rows = {(name, data, at): (value, None) for name, (value, at) in last.items()}
-    for path in sorted(rundir.evaluations.glob("*.json")):
-        found = json.loads(path.read_bytes())
-        for name, result in found["values"].items():
-            rows[name, found["data"], found["step"]] = result["value"], result["chance"]
-    if not rows:
-        return [f"Not yet: `python -m pretrain.evaluate {run_dir} --data ...`, and export again."]
-    cells = (
-        (name, *("" if each is None else f"{each:.4g}" for each in values), f"`{on}`", at)
-        for (name, on, at), values in rows.items()
+    return last
+
+
+def _found(path: Path, *, resolution: int) -> dict[tuple[str, str, int], tuple[float, float | None]]:
+    """(measure, data, step) -> (value, chance) of a file that `pretrain.evaluate` wrote.
+
+    Args:
+        path: the file.
+        resolution: the side of the images that need not be told.
+    """
+    found = json.loads(path.read_bytes())
+    side = found.get("resolution") or resolution
+    on = _on(
+        found["data"],
+        limit=found.get("limit", 0),
+        classes=found.get("classes", ""),
+        resolution=0 if side == resolution else side,
     )
-    return [_table(("measure", "value", "chance", "data", "step"), cells)]
+    return {
+        (name, on, int(found["step"])): (
+            float(result["value"]),
+            None if result["chance"] is None else float(result["chance"]),
+        )
+        for name, result in found["values"].items()
+    }
+
+
+def _on(data: str, *, limit: int, classes: str, resolution: int = 0) -> str:
+    """What was evaluated on, with what was set for it."""
+    told = [
+        f"its first {limit} samples" if limit else "",
+        f"classes `{_short(classes)}`" if classes else "",
+        f"{resolution} px" if resolution else "",
+    ]
+    return ", ".join([f"`{_short(data)}`", *filter(None, told)])
 
 
 def _preprocessing(subject: Subject) -> list[str]:
@@ -175,6 +227,24 @@ def _preprocessing(subject: Subject) -> list[str]:
         f"Captions: at most {tokenizer.context_length} of {tokenizer.vocabulary} tokens; longer ones lose "
         "their last words.",
     ]
+
+
+def _recipe(run: Run) -> str:
+    """The run as YAML text; where its files lay is nobody else's concern."""
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: portable(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [portable(item) for item in value]
+        return _short(value) if isinstance(value, str) else value
+
+    return yaml.safe_dump(portable(runfile.to_plain(run)), sort_keys=False, width=110)
+
+
+def _short(text: str) -> str:
+    """The last two names of each absolute path: the others are those of one machine."""
+    return _PATH.sub(lambda path: ".../" + "/".join(path[0].strip("/").split("/")[-2:]), text)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets.errors import UserError
 from datasets.tokens import HubTokens, Tokenizer
 from pretrain.zoo.coca import CoCaDecoder
-from pretrain.zoo.definition import CONFIG
+from pretrain.zoo.definition import CONFIG, read_pixels
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import OpenClipConfig, build_model, own_resolution, own_tokenizer
 from pretrain.zoo.towers import Encoded, TextTower
@@ -25,6 +26,7 @@ from pretrain.zoo.vision import PixelTower
 
 _KINDS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 """`model_type` in a config.json of transformers -> class."""
+_AGAIN = "export the run again, or copy the directory again from where it is whole"
 
 
 class Export(NamedTuple):
@@ -58,20 +60,26 @@ def _of_open_clip(path: Path) -> Export:
 
 def _of_transformers(path: Path) -> Export:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
-    kind = json.loads((path / "config.json").read_bytes()).get("model_type")
-    if kind not in _KINDS:
-        raise UserError(f"{path} holds a model of type {kind!r}, and only {' and '.join(_KINDS)} can be read")
+    kind = _kind(path / "config.json")
+    _refuse_broken(path)
     try:
-        model: Any = getattr(transformers, _KINDS[kind]).from_pretrained(
-            path, local_files_only=True, use_safetensors=True
+        # Where it is not asked, transformers fills the place of a weight that is missing with random numbers.
+        model: Any
+        model, loading = getattr(transformers, _KINDS[kind]).from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         see: Any = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    # A value of config.json that is of another type; weights of other shapes.
+    except (OSError, ValueError, StrictDataclassError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read by transformers: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{path} holds no weights for {missing[0]} ({len(missing)} such in all): {_AGAIN}")
     side: int = model.config.vision_config.image_size
-    image = HubImage(model, mean=see.image_mean, std=see.image_std)
+    pixels = read_pixels(path / "preprocessor_config.json", mean=see.image_mean, std=see.image_std)
+    image = HubImage(model, mean=pixels.mean, std=pixels.std)
     image.measure(resolution=side)
     text = HubCaptions(model)
     bias = getattr(model, "logit_bias", None)
@@ -84,6 +92,30 @@ def _of_transformers(path: Path) -> Export:
     )
     tokenizer = PlainTokens(str(path), context_length=text.context_length)
     return Export(dual.eval(), tokenizer, side)
+
+
+def _kind(file: Path) -> str:
+    """The `model_type` that a config.json names."""
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): {_AGAIN}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in tuple(_KINDS):
+        raise UserError(
+            f"{file.parent} holds a model of type {kind!r}, and only {' and '.join(_KINDS)} can be read"
+        )
+    return kind
+
+
+def _refuse_broken(path: Path) -> None:
+    """Refuse a directory with weights that end early, or are none."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a readable safetensors file ({error}): {_AGAIN}") from error
 
 
 class PlainTokens(HubTokens):

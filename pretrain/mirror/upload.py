@@ -25,6 +25,7 @@ import yaml
 
 from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain.mirror.account import login, one_line, project_of, without_server
 from pretrain.mirror.reach import answers
 from pretrain.mirror.rows import Row
 from pretrain.rundir import RunDir
@@ -148,7 +149,8 @@ def begin(
         say: takes a sentence for the user.
 
     Raises:
-        UserError: a project, entity or name that W&B does not allow.
+        UserError: a project, entity or name that W&B does not allow, or a malformed key where an upload is
+            demanded.
     """
     mode = settings.wanted()
     # The library reads these when it is imported, and before it looks for a key.
@@ -157,9 +159,31 @@ def begin(
     os.environ.setdefault("WANDB_SILENT", "true")  # or a login asks the server for the user's name
     import wandb
 
+    reason = "as asked" if mode == "offline" else _why_offline(demanded=mode == "online" and trainer is None)
     _set_aside(rundir)
-    start = partial(
-        wandb.init,
+    start = partial(_start, rundir, settings=settings, trainer=trainer)
+    if reason is None:
+        try:
+            return _online(rundir, start, last=last, say=say)
+        except wandb.Error as error:
+            forget()
+            reason = one_line(error)
+    try:
+        with without_server():
+            run = start(id=_run_id(rundir), mode="offline")
+    except wandb.Error as error:
+        raise UserError(f"W&B does not take these settings: {one_line(error)}") from error
+    say(
+        f"W&B: offline ({reason}): {Path(run.dir).parent}; "
+        f"`python -m pretrain.mirror {rundir.root} --mode online` uploads it"
+    )
+    return Upload(run, rundir)
+
+
+def _start(rundir: RunDir, *, settings: Wandb, trainer: int | None, **how: Any) -> WandbRun:
+    import wandb
+
+    return wandb.init(
         dir=str(rundir.root),
         project=project_of(settings),
         entity=settings.entity or None,
@@ -178,38 +202,20 @@ def begin(
             "x_disable_stats": trainer is None,
             "x_stats_pid": trainer or os.getpid(),
         },
+        **how,
     )
-    reason = "as asked" if mode == "offline" else _why_offline()
-    if reason is None:
-        try:
-            return _online(rundir, start, last=last, say=say)
-        except wandb.Error as error:
-            forget()
-            reason = _one_line(error)
+
+
+def _why_offline(*, demanded: bool) -> str | None:
+    """Why there is no server to send to. A mistake costs training no copy; who demands an upload is told."""
     try:
-        run = start(id=_run_id(rundir), mode="offline")
-    except wandb.Error as error:
-        raise UserError(f"W&B does not take these settings: {_one_line(error)}") from error
-    say(
-        f"W&B: offline ({reason}): {Path(run.dir).parent}; "
-        f"`python -m pretrain.mirror {rundir.root} --mode online` uploads it"
-    )
-    return Upload(run, rundir)
-
-
-def project_of(settings: Wandb) -> str:
-    """The project: of a flag, of W&B's own settings and environment, or ours."""
-    import wandb
-
-    return settings.project or wandb.setup().settings.project or "medley"
-
-
-def _why_offline() -> str | None:
-    import wandb
-
-    if not wandb.login(prompt=False, verify=False):
+        server = login()
+    except UserError as error:
+        if demanded:
+            raise
+        return str(error)
+    if server is None:
         return "no API key"
-    server = wandb.setup().settings.base_url
     return None if answers(server) else f"{server} does not answer"
 
 
@@ -232,7 +238,7 @@ def _online(
             forget()
             run = go_on()
             say(
-                f"W&B: the server does not take back the steps after {last} ({_one_line(error)}); "
+                f"W&B: the server does not take back the steps after {last} ({one_line(error)}); "
                 f"what it has up to step {has} stays as it was"
             )
     say(f"W&B: {run.url}")
@@ -296,7 +302,3 @@ def _goal(name: str) -> Callable[[float, float], float] | None:
     if name.startswith("train/loss") or name == "eval/perplexity":
         return min
     return max if name.startswith("eval/") else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ from pretrain.rundir import RunDir
 
 PATIENCE = 30.0
 """Seconds that the end of a run waits for the last uploads, where there is a server that takes them."""
+_LAST_MOMENT = 1.0
+"""Seconds that a mirror has to end when it has said all that it will say."""
 Mode = Literal["auto", "online", "offline", "disabled"]
 _MODES: dict[str, Mode] = {
     "online": "online",
@@ -122,8 +125,11 @@ class Mirrored:
             left = end - time.monotonic()
             if left <= 0:
                 self._say(f"W&B: still uploading, in the background; see {self._log}")
-                break
+                return
             select.select([self._words], [], [], left)
+        with suppress(subprocess.TimeoutExpired):  # it goes on in the background
+            # The pipe ends a moment before the process does, and it is the process that tells of a failure.
+            self._tell_failure(self._process.wait(timeout=_LAST_MOMENT))
 
     def _relay(self) -> bool:
         """Pass on whole lines; False when the mirror will say nothing more."""

@@ -90,14 +90,35 @@ def read_definition(path: Path, *, name: str, folder: Path | None = None) -> Def
         raise UserError(f"open_clip:{name} cannot be read: {error.strerror}: {path}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    data = data if isinstance(data, dict) else {}
-    config: dict[str, Any] = data.get("model_cfg", data) or {}
+    data = _mapping(data)
+    config = _mapping(data.get("model_cfg", data))
     wanted = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
     if not all(isinstance(config.get(key), kind) for key, kind in wanted.items()):
         raise UserError(f"{path} is no configuration of an open_clip model: it needs {', '.join(wanted)}")
-    seen = data.get("preprocess_cfg") or {}
-    pixels = Pixels(tuple(seen["mean"]), tuple(seen["std"])) if {"mean", "std"} <= set(seen) else None
+    seen = _mapping(data.get("preprocess_cfg"))
+    mean, std = seen.get("mean"), seen.get("std")
+    pixels = None if mean is None or std is None else read_pixels(path, mean=mean, std=std)
     return Definition(name=name, config=config, pixels=pixels, folder=folder)
+
+
+def read_pixels(path: Path, *, mean: Any, std: Any) -> Pixels:
+    """How a file says that pixels are normalised.
+
+    Raises:
+        UserError: it does not say it for each of the three colours.
+    """
+    for key, value in (("mean", mean), ("std", std)):
+        listed = isinstance(value, list | tuple) and len(value) == 3
+        if not (listed and all(type(number) in (int, float) for number in value)):
+            raise UserError(
+                f"{path} says that the {key} of the pixels is {value!r}: write a list of 3 numbers, one for "
+                "each of red, green and blue"
+            )
+    return Pixels(tuple(mean), tuple(std))
+
+
+def _mapping(data: Any) -> dict[str, Any]:
+    return data if isinstance(data, dict) else {}
 
 
 def fetch_beside(repository: str, file: str) -> Path:

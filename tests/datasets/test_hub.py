@@ -1,6 +1,8 @@
 """The hub, as a server on this machine that counts how often it is asked."""
 
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         self.files, self.status = files, status
         self.asked: list[str] = []
         self.silent = threading.Event()
+        self.slow = 0.0
+        """Seconds that the first answer takes."""
 
     @property
     def address(self) -> str:
@@ -41,6 +45,8 @@ class Answer(BaseHTTPRequestHandler):
         server.asked.append(f"{self.command} {self.path}")
         if self.path.startswith("/silent/"):
             server.silent.wait(10)
+        time.sleep(server.slow)
+        server.slow = 0.0
         path = self.path.partition("?")[0].removeprefix(f"/ours/tiny/resolve/{COMMIT}/")
         content = server.files.get(path.removeprefix("/ours/tiny/resolve/main/"))
         if server.status != 200 or content is None:
@@ -121,23 +127,63 @@ def test_a_hub_that_cannot_answer_is_asked_once(serve):
 
 def test_a_hub_that_never_answers_is_not_waited_for(serve, monkeypatch):
     server = serve()
-    monkeypatch.setattr(hub, "_PATIENCE", 0.05)
+    monkeypatch.setattr(hub, "_ANSWER", 0.05)
     assert "cannot be reached" in refused("silent/one")
     assert len(server.asked) <= 1
+
+
+def test_a_hub_that_is_there_may_take_its_time(serve, monkeypatch):
+    server = serve({"open_clip_config.json": b"{}"})
+    server.slow = 0.6
+    monkeypatch.setattr(hub, "_PATIENCE", 0.3)
+    assert hub.fetch("ours/tiny", "open_clip_config.json", instead=INSTEAD).read_text() == "{}"
+
+
+def test_a_name_that_is_looked_up_without_end_is_not_waited_for(serve, monkeypatch):
+    server, found = serve(), threading.Event()
+    monkeypatch.setattr(hub, "_PATIENCE", 0.05)
+    monkeypatch.setattr(hub, "_ANSWER", 3600.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(10) and [])
+        assert "cannot be reached (no connection within 0.05 s)" in refused()
+    found.set()
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "all_proxy"])
+def test_behind_a_proxy_it_is_the_proxy_that_must_be_there(serve, monkeypatch, name):
+    server = serve(status=503)
+    for other in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, server.address)
+    elsewhere = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", elsewhere)
+    huggingface_hub.close_session()  # it read the proxies of before
+    try:
+        assert "cannot be reached (status 503)" in refused()
+    finally:
+        huggingface_hub.close_session()
+    assert server.asked == ["HEAD http://hub.invalid/ours/tiny/resolve/main/open_clip_config.json"]
+
+
+def test_a_hub_that_needs_no_proxy_is_asked_without(serve, monkeypatch):
+    serve({"open_clip_config.json": b"{}"})
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert hub.fetch("ours/tiny", "open_clip_config.json", instead=INSTEAD).read_text() == "{}"
 
 
 def test_no_hub_at_all_is_asked_for_once(serve, monkeypatch):
     address = serve().address
     closed = address.rpartition(":")[0] + ":9"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", closed + "/{repo_id}/{revision}/{filename}")
-    asked = []
-    session = huggingface_hub.get_session()
+    asked, connect = [], socket.create_connection
 
-    def counted() -> Any:
-        asked.append(session)
-        return session
+    def counted(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments)
+        return connect(*arguments, **options)
 
-    monkeypatch.setattr(huggingface_hub, "get_session", counted)
+    monkeypatch.setattr(socket, "create_connection", counted)
     assert "cannot be reached (" in refused()
     assert len(asked) == 1
 

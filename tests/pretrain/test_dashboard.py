@@ -14,6 +14,7 @@ from pretrain import dashboard, launch, runfile
 from pretrain.cli import parse
 from pretrain.evaluate import during, scenes
 from pretrain.evaluate.sheet import Sheet
+from pretrain.rundir import RunDir
 from pretrain.sinks.jsonl import read
 
 pytestmark = pytest.mark.usefixtures("logged_out")
@@ -45,18 +46,27 @@ def in_child(command, arguments):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Labelled images with captions, to train and to judge on."""
-    path = tmp_path_factory.mktemp("data") / "00000.tar"
+def write_shard(path, *, labels=LABELS, captioned=True):
+    """Images, with a class label where there are labels, and with a caption."""
     with TarWriter(str(path)) as tar:
         for place in range(16):
             stream = io.BytesIO()
             Image.new("RGB", (32, 32), (place * 15, 90, 200 - place * 10)).save(stream, "PNG")
-            label = LABELS[place % len(LABELS)]
-            beside = json.dumps({"caption": f"a photo of {label}, number {place}", "class": label})
-            tar.write({"__key__": f"{place:09d}", "png": stream.getvalue(), "json": beside.encode()})
-    return path
+            beside = {"class": labels[place % len(labels)]} if labels else {}
+            beside |= {"caption": f"a photo, number {place}"} if captioned else {}
+            record = json.dumps(beside).encode()
+            tar.write({"__key__": f"{place:09d}", "png": stream.getvalue(), "json": record})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """What to train and to judge on, by name."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "shards.tar")
+    write_shard(folder / "labels.tar", captioned=False)
+    write_shard(folder / "captions.tar", labels=[])
+    write_shard(folder / "few.tar", labels=LABELS[:5])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,7 @@ def tiny_run(tmp_path_factory, shards):
     def tiny_run(objectives, data):
         if (objectives, data) not in made:
             out = tmp_path_factory.mktemp("tiny") / "run"
-            places = "" if data == "scenes" else f"--data {shards} --val {shards}"
+            places = "" if data == "scenes" else f"--data {shards}/shards.tar --val {shards}/{data}.tar"
             arguments = f"--objectives {objectives} {TINY} --out {out} {places}".split()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("WANDB_MODE", "disabled")
@@ -92,7 +102,38 @@ def test_panels_and_reported_metrics_are_the_same(tiny_run, objectives, data):
     out = tiny_run(objectives, data)
     reported = {name for record in read(out / "metrics.jsonl") for name in record} - NOT_SHOWN
     shown = dashboard.panel_metrics(dashboard.of_run(runfile.load(out / "run.yaml")))
-    assert shown == reported
+    assert shown == reported, "by the flags alone"
+
+
+_TOP5 = {"eval/zero_shot_top5"}
+_BY_CLASS = {"eval/zero_shot_top1", *_TOP5}
+_BY_CAPTION = {f"eval/{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+_OF_CAPTIONS = {f"eval/{name}" for name in ("cider_d", "bleu_1", "bleu_4", "rouge_l", "perplexity")}
+
+
+@pytest.mark.parametrize(
+    ("data", "impossible"),
+    [("labels", _BY_CAPTION | _OF_CAPTIONS), ("captions", _BY_CLASS), ("few", _TOP5)],
+)
+def test_after_an_evaluation_there_are_panels_for_what_was_measured(tiny_run, tmp_path, data, impossible):
+    out = tiny_run("itc,lm", data)
+    reported = {name for record in read(out / "metrics.jsonl") for name in record} - NOT_SHOWN
+    by_flags = dashboard.panel_metrics(dashboard.of_run(runfile.load(out / "run.yaml")))
+    assert by_flags - reported == impossible, "a panel of these would be empty for ever"
+    file = tmp_path / "dashboard.json"
+    assert in_child(dashboard.main, [out, "--dry-run", file])[0] == dashboard.DONE
+    sections = json.loads(file.read_text())["spec"]["section"]["panelBankConfig"]["sections"]
+    panels = [panel["config"].get("metrics", []) for each in sections for panel in each["panels"]]
+    assert {metric for metrics in panels for metric in metrics} == reported
+
+
+def test_before_the_first_evaluation_nothing_is_measured_and_damage_is_passed_over(tmp_path):
+    rundir = RunDir(tmp_path)
+    assert dashboard.measured(rundir) == set()
+    rundir.metrics.write_text('{"step": 2, "train/loss": 1.0}\n')
+    assert dashboard.measured(rundir) == set()
+    rundir.metrics.write_text('{"step": 2, "eval/cider_d": 1.0}\nhalf\n{"step": 4, "eval/rouge_l": 0.5}\n{')
+    assert dashboard.measured(rundir) == {"cider_d", "rouge_l"}
 
 
 def test_sections_are_those_that_the_run_has_something_for():
@@ -141,7 +182,14 @@ def test_a_mistake_is_one_sentence_and_code_2(tiny_run, tmp_path, monkeypatch):
     assert "holds no run.yaml of a run" in refused(tmp_path)
     assert "needs an API key: wandb login, or --dry-run FILE" in refused(out)
     assert "cannot be written: No such file" in refused(out, "--dry-run", tmp_path / "no" / "file")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    assert "WANDB_API_KEY invalid: API key must have 40+ characters, has 5: mend" in refused(out)
+    file = tmp_path / "file"
+    assert in_child(dashboard.main, [out, "--dry-run", file])[0] == dashboard.DONE, "which needs no key"
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    assert "WANDB_BASE_URL: Input should be a valid URL" in refused(out)
+    assert "WANDB_BASE_URL: Input should be a valid URL" in refused(out, "--dry-run", file)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 does not answer" in refused(out)
     monkeypatch.setattr(dashboard, "find_spec", lambda name: None)

@@ -1,15 +1,18 @@
 """The model card: its facts are those of the run, and its code runs as it stands."""
 
 import ast
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 import yaml
 
 from datasets.scenes import Scenes
 from pretrain import runfile
+from pretrain.evaluate.subject import load_subject
 from pretrain.export.__main__ import export
-from pretrain.export.card import version
+from pretrain.export.card import card, version
 
 
 def sections(out):
@@ -62,7 +65,9 @@ def test_a_card_is_filled_in(make_run, tmp_path, to):
     assert "0.48145466" in parts["Preprocessing"]
     recipe = parts["Recipe"].split("```yaml\n")[1].split("```")[0]
     (tmp_path / "again.yaml").write_text(recipe)
-    assert runfile.load(tmp_path / "again.yaml") == runfile.load(run / "run.yaml")
+    place = str(tmp_path), f".../{tmp_path.name}"
+    (tmp_path / "here.yaml").write_text(runfile.dump(runfile.load(run / "run.yaml")).replace(*place))
+    assert runfile.load(tmp_path / "again.yaml") == runfile.load(tmp_path / "here.yaml")
 
 
 def test_data_that_are_there_and_data_that_are_gone(make_run, tmp_path, monkeypatch):
@@ -81,13 +86,94 @@ def test_data_that_are_there_and_data_that_are_gone(make_run, tmp_path, monkeypa
     export(run, tmp_path / "b", to="open_clip")
     card = (tmp_path / "b" / "README.md").read_text()
     assert "| samples | unknown: the data were not here any more" in card
-    assert "Not yet: `python -m pretrain.evaluate" in card
+    assert str(tmp_path) not in card.partition("## Recipe")[0]
+    assert "\n\nNot evaluated.\n\n" in card
+
+
+def with_run(subject, **changed):
+    return dataclasses.replace(subject, run=dataclasses.replace(subject.run, **changed))
+
+
+def table(subject, run, out):
+    """The evaluations of a card, and the text behind them."""
+    text = card(subject, run, to="open_clip", out=out, notes=()).split("## Evaluation")[1].split("\n## ")[0]
+    return rows(text)[2:], text
+
+
+def test_a_file_that_is_no_evaluation_is_named_and_left_out(make_run, tmp_path):
+    run = make_run("clip")
+    subject, folder = load_subject(run), run / "evaluations"
+    folder.mkdir()
+    good = {"step": 2, "data": "a.tar", "values": {"top": {"value": 0.5, "chance": None}}}
+    odd = {
+        "torn": "{", "empty": "", "list": "[]", "without": "{}",
+        "flat": json.dumps({**good, "values": {"top": 1}}),
+        "word": json.dumps({**good, "values": {"top": {"value": "high", "chance": None}}}),
+        "none": json.dumps({**good, "values": None}), "step": json.dumps({**good, "step": None}),
+    }  # fmt: skip
+    for name, content in odd.items():
+        (folder / f"{name}.json").write_text(content)
+    found, text = table(subject, run, tmp_path / "out")
+    assert found == []
+    assert text.startswith("\n\nNot evaluated.\n\n")
+    for name in odd:
+        assert f"`{name}.json` of the run's evaluations could not be read and is left out." in text
+    (folder / "good.json").write_text(json.dumps(good))
+    found, text = table(subject, run, tmp_path / "out")
+    assert found == [["top", "0.5", "", "`a.tar`", "2"]]
+    assert text.count("is left out") == len(odd)
+
+
+def test_what_was_set_for_an_evaluation_is_told(make_run, tmp_path):
+    run = make_run("clip", resolutions=(32, 32))
+    subject: Any = load_subject(run)
+    folder = run / "evaluations"
+    judged = dataclasses.replace(subject.run.eval, limit=64, classes="/abs/my/names.txt")
+    subject = with_run(subject, val="val.tar", eval=judged)
+    records = [{"step": 2, "eval/top": 0.25, "eval/recall": 0.5}, {"step": 4, "eval/top": 0.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    folder.mkdir()
+    same = {"step": 4, "data": "val.tar", "limit": 0, "classes": "/abs/my/names.txt", "resolution": 32}
+    (folder / "a.json").write_text(json.dumps({**same, "values": {"top": {"value": 0.75, "chance": 0.1}}}))
+    other = {"step": 4, "data": "val.tar", "limit": 9, "classes": "", "resolution": 64}
+    (folder / "b.json").write_text(json.dumps({**other, "values": {"top": {"value": 1, "chance": None}}}))
+    assert table(subject, run, tmp_path / "out")[0] == [
+        ["top", "0.75", "0.1", "`val.tar`, classes `.../my/names.txt`", "4"],
+        ["recall", "0.5", "", "`val.tar`, its first 64 samples, classes `.../my/names.txt`", "2"],
+        ["top", "1", "", "`val.tar`, its first 9 samples, 64 px", "4"],
+    ]
+
+
+def test_no_paths_of_this_machine_are_told(make_run, tmp_path):
+    run = make_run("clip")
+    subject: Any = load_subject(run)
+    model = dataclasses.replace(subject.run.model, pretrained="/home/me/w.safetensors")
+    data = "/home/me/cc/{0..9}.tar,near/b.tar,/home/me/dir with spaces/{a,b}.tar"
+    subject = with_run(subject, data=data, model=model)
+    note = "It is read from `/home/me/deep/bert`."
+    text = card(subject, run, to="open_clip", out=tmp_path / "new" / ".." / "mine", notes=[note])
+    for told in (str(tmp_path), "/home", "me/cc", "evaluated on"):
+        assert told not in text
+    shown = ".../cc/{0..9}.tar,near/b.tar,.../dir with spaces/{a,b}.tar"
+    assert f"| trained on | `{shown}` |" in text
+    assert f"on 16 samples of `{shown}`" in text
+    assert "from `.../me/w.safetensors`" in text
+    assert "read from `.../deep/bert`." in text
+    assert "\n# mine\n" in text
+    assert '"local-dir:mine"' in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["data"] == shown
+    subject = with_run(subject, data="scenes", val="https://hub/a/b/c.tar")
+    assert "| evaluated on | `https://hub/a/b/c.tar` |" in card(
+        subject, run, to="open_clip", out=tmp_path / "mine", notes=()
+    )
 
 
 @pytest.mark.parametrize(("model", "to"), [("beside clip", "open_clip"), ("clip", "transformers")])
-def test_the_code_runs_as_it_stands(make_run, tmp_path, model, to, capsys):
+def test_the_code_runs_as_it_stands(make_run, tmp_path, model, to, capsys, monkeypatch):
     run, out = make_run(model), tmp_path / "out"
     export(run, out, to=to)
+    monkeypatch.chdir(tmp_path)
     code = sections(out)[1]["Use"].split("```python\n")[1].split("```")[0]
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from datasets.errors import UserError
 from pretrain.evaluate.subject import load_subject
@@ -76,3 +77,50 @@ def test_a_directory_of_another_kind(tmp_path):
     with pytest.raises(UserError, match="cannot be read by transformers: ") as raised:
         load_subject(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def refused(folder, **files):
+    """The sentence about a directory some of whose files were changed; they are put back."""
+    kept = {name: (folder / name.replace("__", ".")).read_bytes() for name in files}
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_subject(folder)
+    for name, content in kept.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_damaged_export_is_said_in_a_sentence(make_run, tmp_path):
+    out = tmp_path / "out"
+    export(make_run("clip"), out, to="transformers")
+    for text in (b"{", b"", b"\xff\xfe\x00"):
+        message = refused(out, config__json=text)
+        assert f"{out / 'config.json'} is not JSON (" in message
+        assert "export the run again" in message
+    assert "model of type None" in refused(out, config__json=b"[]")
+    assert "model of type []" in refused(out, config__json=b'{"model_type": []}')
+    config = {**json.loads((out / "config.json").read_bytes()), "vision_config": 3}
+    assert "'vision_config'" in refused(out, config__json=json.dumps(config).encode())
+    weights = (out / "model.safetensors").read_bytes()
+    for content in (weights[:500], weights[:-9], b"", b"version https://git-lfs.github.com/spec/v1"):
+        message = refused(out, model__safetensors=content)
+        assert f"{out / 'model.safetensors'} is not a readable safetensors file (" in message
+        assert "export the run again" in message
+    see = {**json.loads((out / "preprocessor_config.json").read_bytes()), "image_mean": 0.5}
+    assert "the mean of the pixels is 0.5" in refused(out, preprocessor_config__json=json.dumps(see).encode())
+
+
+def test_weights_that_are_missing_are_not_made_up(make_run, tmp_path):
+    out = tmp_path / "out"
+    export(make_run("clip"), out, to="transformers")
+    whole, path = load_file(out / "model.safetensors"), out / "model.safetensors"
+    key = "visual_projection.weight"
+    save_file({name: value for name, value in whole.items() if name != key}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"holds no weights for {key} \(1 such in all\): export the run"):
+        load_subject(out)
+    save_file({**whole, key: whole[key][:1].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot be read by transformers: "):
+        load_subject(out)

@@ -114,6 +114,49 @@ def test_flags_win_over_the_environment_and_that_over_defaults(run, mirror, offl
     assert (begun["project"], begun["display_name"], begun["entity"]) == ("ours", "named", "team")
 
 
+MALFORMED = [
+    ({"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid: API key must have 40+ characters, has 5: mend"),
+    ({"WANDB_API_KEY": "a" * 40 + " "}, "API key cannot start or end with whitespace: mend"),
+    ({"WANDB_BASE_URL": "nonsense"}, "WANDB_BASE_URL: Input should be a valid URL"),
+]
+
+
+@pytest.mark.parametrize(("environment", "sentence"), MALFORMED)
+def test_a_malformed_key_or_server_is_a_reason_to_be_offline_and_a_mistake_where_online_is_asked_for(
+    run, mirror, offline, monkeypatch, environment, sentence
+):
+    run.report(2, 4)
+    run.evaluation(4)
+    with monkeypatch.context() as patch:
+        for name, value in {**environment, "WANDB_PROJECT": "theirs"}.items():
+            patch.setenv(name, value)
+        said = mirror()
+        refused = mirror("--mode", "online", code=2)
+    assert said.startswith("W&B: offline (W&B refuses its settings, ")
+    assert refused.startswith("error: W&B refuses its settings, ")
+    assert (said.count("\n"), refused.count("\n")) == (1, 1)
+    assert sentence in said
+    assert sentence in refused
+    found = offline()
+    assert_equals_the_truth(found, run.truth)
+    assert found["run"][0]["project"] == "theirs"
+
+
+def test_who_asks_for_offline_needs_no_server(run, mirror, offline, monkeypatch):
+    run.report(2)
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", "nonsense")
+        assert "W&B: offline (as asked): " in mirror("--mode", "offline")
+    assert_equals_the_truth(offline(), run.truth)
+
+
+def test_a_project_that_the_environment_spells_wrongly_is_a_sentence(run, mirror, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    said = mirror(code=2)
+    assert said.startswith("error: W&B refuses its settings, Invalid project name 'a/b'")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [

@@ -135,6 +135,52 @@ def test_an_unreachable_server_is_never_waited_for(rundir, monkeypatch):
     assert offline_steps(rundir) == [2]
 
 
+def test_a_malformed_key_costs_training_no_copy(rundir, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    rundir.run_yaml.write_text("data: scenes\nwandb: {mode: online}\n")
+    said = []
+    mirror = Mirrored(rundir, say=said.append)
+    report(rundir, 2)
+    mirror.close()
+    assert len(said) == 1
+    assert "W&B: offline (W&B refuses its settings, WANDB_API_KEY invalid" in said[0]
+    assert offline_steps(rundir) == [2]
+
+
+def test_a_mirror_that_fails_after_its_last_word_is_told_of(rundir, tmp_path, monkeypatch):
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\ncat\nexec >&-\nsleep 0.2\nexit 3\n")
+    failing.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    monkeypatch.setattr(mirrored, "_LAST_MOMENT", 60.0)
+    said = []
+    Mirrored(rundir, say=said.append).close()
+    assert said == [f"W&B: the mirror ended with code 3, see {rundir.wandb / 'mirror.log'}; training goes on"]
+
+
+def test_a_mirror_that_has_nothing_more_to_say_is_not_waited_for(rundir, tmp_path, monkeypatch):
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec >&-\nexec sleep 600\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    said, waits = [], []
+    mirror = Mirrored(rundir, say=said.append)
+    until(lambda: not mirror._relay())
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(
+        subprocess.Popen, "wait", lambda self, timeout=None: waits.append(timeout) or wait(self, 0)
+    )
+    for step in range(100):
+        mirror.step(step, {})
+    assert waits == [], "training never waits"
+    mirror.close()
+    assert waits == [1.0]
+    assert said == []
+    monkeypatch.undo()
+    process_of(mirror).kill()
+    process_of(mirror).wait(60)
+
+
 def test_a_mirror_that_cannot_be_started_is_a_sentence(rundir, monkeypatch):
     said = []
     rundir.wandb.write_text("a file")

@@ -12,6 +12,10 @@ TINY = {"embed_dim": 12, "vision_cfg": {"image_size": 32}, "text_cfg": {"context
 SEEN = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "interpolation": "bicubic"}
 
 
+def seen(**changed):
+    return json.dumps({"model_cfg": TINY, "preprocess_cfg": {**SEEN, **changed}})
+
+
 def test_a_name_is_open_clips_and_the_copy_is_ours():
     known = open_clip.list_models()
     config = define("ViT-B-32").config
@@ -30,6 +34,9 @@ def test_a_file_and_a_directory(tmp_path, monkeypatch):
     assert whole.pixels == folder.pixels == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     # What lies beside a file was not asked for.
     assert (bare.folder, whole.folder, folder.folder) == (None, None, tmp_path)
+    for silent in (seen(mean=None), json.dumps({"model_cfg": TINY, "preprocess_cfg": [1]})):
+        (tmp_path / CONFIG).write_text(silent)
+        assert define(str(tmp_path)).pixels is None
     monkeypatch.chdir(tmp_path.parent)
     assert define(tmp_path.name).config == TINY
     assert open_clip.get_model_config(str(tmp_path / "bare.json")) is None
@@ -68,6 +75,11 @@ def test_the_tokenizer_beside_a_model_or_its_weights_is_taken_for_the_one_it_nam
         ('{"vision_cfg": {}, "text_cfg": {}}', "it needs embed_dim, vision_cfg, text_cfg"),
         ('{"model_cfg": {"embed_dim": 1, "vision_cfg": 2, "text_cfg": {}}}', "it needs embed_dim"),
         ('{"model_cfg": null}', "it needs embed_dim"),
+        ('{"model_cfg": [1]}', "it needs embed_dim"),
+        (seen(mean=0.5), r"odd.json says that the mean of the pixels is 0.5: write a list of 3 numbers"),
+        (seen(mean=[0.5]), r"the mean of the pixels is \[0.5\]: write"),
+        (seen(std={}), r"the std of the pixels is \{\}: write"),
+        (seen(std=[0.1, 0.2, "x"]), r"the std of the pixels is \[0.1, 0.2, 'x'\]: write"),
     ],
 )
 def test_what_is_no_configuration_is_said_in_a_sentence(content, reason, tmp_path):

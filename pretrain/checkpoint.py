@@ -158,7 +158,9 @@ def chosen(folder: Path, step: int | None = None) -> Checkpoint:
     for found, path in there:
         if step in (None, found) and _fault(path) is None:
             return Checkpoint(path, found)
-    steps = ", ".join(str(found) for found, _ in reversed(there)) or "none"
+    if not there:
+        raise UserError(f"{folder.parent} has no checkpoint yet: let it train to its first one")
+    steps = ", ".join(str(found) for found, _ in reversed(there))
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     raise UserError(f"{folder.parent} has no {wanted} that verifies (of steps there: {steps})")
 

@@ -70,7 +70,7 @@ class Eval:
     """`imagenet`, or a text file with one class name a line, where --val holds class labels; empty for the
     names that the labels are."""
     limit: int = 0
-    """Samples of --val that evaluations before the last look at; 0 for all."""
+    """Samples of --val that are looked at, the same ones each time; 0 for all."""
     batch: int = 256
     """Images that a rank encodes at a time."""
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from pretrain.evaluate.subject import Subject, load_subject
 from pretrain.evaluate.zero_shot import load_classes
 from pretrain.precision import Precision, compute_for
 from pretrain.rundir import RunDir
+from pretrain.threads import settle_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Command:
     step: int | None = None
     """The checkpoint to judge; by default the newest."""
     limit: int = 0
-    """Samples of the data to look at; 0 for all."""
+    """Samples of the data to look at; 0 for all, or for as many as in training where --data is left out."""
     resolution: int = 0
     """Side of the images in pixels; 0 for what the model was last trained with."""
     batch: int = 256
@@ -78,6 +80,9 @@ def _evaluate(command: Command, ranks: Ranks) -> None:
     subject = load_subject(command.subject, step=command.step, ranks=ranks)
     command = _as_in_training(command, subject)
     resolution = command.resolution or subject.resolution
+    if subject.run is not None and ranks.device.type == "cpu":
+        # What was measured in training: idle threads that spin can cost more than they give.
+        settle_threads(subject.run.precision.threads, kept=RunDir(command.subject).threads, step=None)
     compute = compute_for(subject.run.precision if subject.run else Precision(), ranks.device)
     judge = Judge(model=subject.model, tokenizer=subject.tokenizer, compute=compute, batch=command.batch)
     said: list[str] = []
@@ -99,8 +104,10 @@ def _as_in_training(command: Command, subject: Subject) -> Command:
     own = "" if run is None else run.val or ("scenes" if run.data == "scenes" else "")
     if not (command.data or own):
         raise UserError(f"{command.subject} was not evaluated in training: name data by --data")
-    if run is not None and command.data in ("", own) and not command.classes:
-        command = replace(command, classes=run.eval.classes)
+    if run is not None and command.data in ("", own):
+        command = replace(command, classes=command.classes or run.eval.classes)
+    if run is not None and not command.data and own != "scenes":
+        command = replace(command, limit=command.limit or run.eval.limit)
     return replace(command, data=command.data or own)
 
 
@@ -130,9 +137,12 @@ def _open(spec: str) -> Source:
 
 def _kept(command: Command) -> Path:
     """RUN_DIR/evaluations/NAME.json, by what was asked; the same question again takes its place."""
-    asked = [command.data, *command.measures, *([f"first-{command.limit}"] if command.limit else [])]
-    name = re.sub(r"[^\w.-]+", "-", "-".join(asked)).strip("-.")[-100:]
-    return RunDir(command.subject).evaluations / f"{name}.json"
+    asked = (
+        command.data, command.measures, command.classes, command.train, command.limit, command.resolution
+    )  # fmt: skip
+    name = re.sub(r"\W+", "-", command.data.replace(".tar", "")).strip("-")[-60:]
+    digest = blake2b(repr(asked).encode(), digest_size=4).hexdigest()
+    return RunDir(command.subject).evaluations / f"{name}-{digest}.json"
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _examination(training: Training, val: Source) -> Examination:
         source=val,
         resolution=_resolution(training),
         classes=load_classes(settings.classes) if settings.classes else None,
-        limit=None if _is_last(training) else settings.limit or None,
+        limit=settings.limit or None,
     )
 
 
@@ -117,7 +117,7 @@ def _show(training: Training, results: Results) -> None:
             results,
             step=step,
             data=training.run.val or training.run.data,
-            limit=0 if _is_last(training) or _on_scenes(training) else training.run.eval.limit,
+            limit=0 if _on_scenes(training) else training.run.eval.limit,
             classes=training.run.eval.classes,
             resolution=_resolution(training),
         )

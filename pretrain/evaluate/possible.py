@@ -89,7 +89,8 @@ def _lacking(judge: Judge, examination: Examination) -> tuple[list[str | int | N
             lacking.update({measure: reason for measure in measures if measure not in lacking})
 
     need(known, f"{source.name} holds no class labels", *_BY_LABELS)
-    need(described, f"{source.name} holds no captions", "retrieval", "captions", "perplexity")
+    only = " but the names of its classes" if known else ""
+    need(described, f"{source.name} holds no captions{only}", "retrieval", "captions", "perplexity")
     need(judge.embeds, "this model has no text tower", "zero_shot", "retrieval")
     need(judge.writes, "this model writes no captions", "captions", "perplexity")
     need(examination.train, "there are no labelled images to learn from: name them by --train", *_PROBES)

@@ -119,8 +119,8 @@ def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = max(1, -(-len(sheet.rows) // _COLUMNS))
-    layout = ConstrainedLayoutEngine(h_pad=0.1)
-    figure = Figure(figsize=(2.6 * _COLUMNS, 3.3 * rows), dpi=100, layout=layout)
+    layout = ConstrainedLayoutEngine(h_pad=0.2)
+    figure = Figure(figsize=(2.6 * _COLUMNS, 3.5 * rows), dpi=100, layout=layout)
     for place, row in enumerate(sheet.rows, start=1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
         axes.imshow(row.image.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -132,7 +132,9 @@ def _draw(sheet: Sheet, path: Path, *, step: int) -> None:
         axes.set_xlabel(_wrapped(reference), fontsize=7, color="#666666", labelpad=3)
         for text in (axes.title, axes.xaxis.label):
             text.set_parse_math(False)  # a caption may hold a dollar sign
-    figure.suptitle(f"step {step}: above, by the {sheet.said_by}; below, the reference", fontsize=9)
+    figure.suptitle(
+        f"step {step}: above, by the {sheet.said_by} (green: word for word); below, the reference", fontsize=9
+    )
     drawn = io.BytesIO()
     figure.savefig(drawn)
     _keep(path, drawn.getvalue())

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from datasets.errors import UserError
 from pretrain.evaluate.subject import Subject, load_subject
 from pretrain.export.card import Library, card
-from pretrain.export.proof import Written, prove
+from pretrain.export.proof import TOLERANCE, Written, prove
 from pretrain.export.to_open_clip import read_open_clip, write_open_clip
 from pretrain.export.to_transformers import read_transformers, write_transformers
 from pretrain.zoo.models import DualConfig
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{command.out} is written: {command.to} says of it what the run says\n")
+    proven = f"{command.to} says of it what the run says, to within {TOLERANCE}"
+    sys.stdout.write(f"{command.out} is written: {proven}\n")
     return 0
 
 

@@ -151,10 +151,10 @@ def _training(run: Run, step: int, samples: int) -> list[str]:
 
 def _evaluation(run: Run, run_dir: Path, subject: Subject) -> list[str]:
     """The last value of each measure up to this step, and what was found on other data."""
-    rundir, last, unreadable = RunDir(run_dir), Curriculum(run.stages).steps, list[str]()
+    rundir, unreadable = RunDir(run_dir), list[str]()
     rows: dict[tuple[str, str, int], tuple[float, float | None]] = {}
     for name, (value, step) in _last_values(rundir, subject.step).items():
-        limit = run.eval.limit if step < last else 0
+        limit = 0 if (run.val or run.data) == "scenes" else run.eval.limit
         rows[name, _on(run.val or run.data, limit=limit, classes=run.eval.classes), step] = value, None
     # What the run said itself may be in a file as well, with what guessing would get.
     for path in sorted(rundir.evaluations.glob("*.json")):

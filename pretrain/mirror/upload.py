@@ -214,9 +214,12 @@ def _why_offline(*, demanded: bool) -> str | None:
         if demanded:
             raise
         return str(error)
-    if server is None:
-        return "no API key"
-    return None if answers(server) else f"{server} does not answer"
+    if server is not None and answers(server):
+        return None
+    reason = "no API key" if server is None else f"{server} does not answer"
+    if demanded:
+        raise UserError(f"W&B cannot be online ({reason}): `wandb login` first, or leave out --mode online")
+    return reason
 
 
 def _online(

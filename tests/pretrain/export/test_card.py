@@ -133,12 +133,12 @@ def test_what_was_set_for_an_evaluation_is_told(make_run, tmp_path):
     records = [{"step": 2, "eval/top": 0.25, "eval/recall": 0.5}, {"step": 4, "eval/top": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     folder.mkdir()
-    same = {"step": 4, "data": "val.tar", "limit": 0, "classes": "/abs/my/names.txt", "resolution": 32}
+    same = {"step": 4, "data": "val.tar", "limit": 64, "classes": "/abs/my/names.txt", "resolution": 32}
     (folder / "a.json").write_text(json.dumps({**same, "values": {"top": {"value": 0.75, "chance": 0.1}}}))
     other = {"step": 4, "data": "val.tar", "limit": 9, "classes": "", "resolution": 64}
     (folder / "b.json").write_text(json.dumps({**other, "values": {"top": {"value": 1, "chance": None}}}))
     assert table(subject, run, tmp_path / "out")[0] == [
-        ["top", "0.75", "0.1", "`val.tar`, classes `.../my/names.txt`", "4"],
+        ["top", "0.75", "0.1", "`val.tar`, its first 64 samples, classes `.../my/names.txt`", "4"],
         ["recall", "0.5", "", "`val.tar`, its first 64 samples, classes `.../my/names.txt`", "2"],
         ["top", "1", "", "`val.tar`, its first 9 samples, 64 px", "4"],
     ]

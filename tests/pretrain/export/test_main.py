@@ -74,7 +74,7 @@ def test_mistakes(make_run, tmp_path, capsys):
     capsys.readouterr()
     assert "is an export already" in said(capsys, out, "--to", "transformers", tmp_path / "again")
     shutil.rmtree(run / "checkpoints")
-    assert "has no checkpoint that verifies" in said(capsys, run, "--to", "open_clip", tmp_path / "none")
+    assert "has no checkpoint yet" in said(capsys, run, "--to", "open_clip", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_netrc_is_a_key_and_the_mode_can_be_chosen_for_once(run, mirror, serve
     with run.rundir.run_yaml.open("a") as file:
         file.write("wandb: {mode: offline}\n")
     assert "offline (as asked)" in mirror()
-    assert "offline (no API key)" in mirror("--mode", "online")
+    assert "cannot be online (no API key): `wandb login` first" in mirror("--mode", "online", code=2)
     netrc = run.rundir.root.parent / "home" / "netrc"
     netrc.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {'b' * 40}\n")
     netrc.chmod(0o600)

@@ -25,10 +25,12 @@ from typing import Any
 from benchmarks.learning.contest import MUON, SYSTEMS, Contest
 from benchmarks.learning.environment import peer_python, versions
 from benchmarks.learning.pairs import write_pairs
+from benchmarks.learning.recall import Examination
 from benchmarks.learning.report import curves, plot, tables
-from benchmarks.learning.systems import Settings
+from benchmarks.learning.systems import Settings, resolution
 from datasets.atomic import replace
 from datasets.errors import UserError
+from datasets.shards import expand
 
 _MODEL = Path(__file__).with_name("vit-64-8.json")
 
@@ -59,6 +61,12 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in ("batch", "lr", "crop", "marks", "cpu_seconds")}
     settings = Settings(model=str(options.model.resolve()), **chosen)
     systems = (*SYSTEMS, MUON) if options.muon else SYSTEMS
+    # What can be wrong is read before anything is installed or trained.
+    side = resolution(settings.model)
+    examinations: dict[str, Examination] = {}
+    for name, train, val in options.data:
+        expand(train)
+        examinations[name] = Examination.on(val, model=settings.model, resolution=side)
     python = peer_python(options.environment or options.out / "environment")
     found: dict[str, Any] = {
         "settings": asdict(settings),
@@ -71,23 +79,33 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         model = json.loads(options.model.read_bytes())
         _claim(folder / "settings.json", {**asdict(settings), "model": model, "train": train, "val": val})
-        pairs = write_pairs(train, folder / "pairs")
-        contest = Contest(settings=settings, python=python, folder=folder, train=train, val=val, pairs=pairs)
-        calibration = contest.calibration()
+        contest = Contest(
+            settings=settings,
+            python=python,
+            folder=folder,
+            train=train,
+            pairs=write_pairs(train, folder / "pairs"),
+            examination=examinations[name],
+        )
         runs: dict[str, list[Any]] = {system: [] for system in systems}
         for seed in range(options.seeds):
             for system in systems:
                 runs[system].append(contest.run(system, seed=seed))
-        found["data"][name] = {"train": train, "val": val, "calibration": calibration, "runs": runs}
+        found["data"][name] = {
+            "train": train,
+            "val": val,
+            "calibration": contest.calibration(),
+            "runs": runs,
+        }
     return found
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix runs of different settings."""
-    wanted = json.dumps(settings, indent=1).encode()
+    wanted = json.dumps(settings, indent=1)
     if not path.exists():
-        replace(path, wanted)
-    elif path.read_bytes() != wanted:
+        replace(path, wanted.encode())
+    elif json.loads(path.read_bytes()) != json.loads(wanted):
         raise UserError(f"{path.parent} holds runs with other settings ({path}): choose another --out")
 
 

@@ -17,7 +17,6 @@ from benchmarks.learning.systems import (
     Settings,
     medley,
     open_clip_train,
-    resolution,
 )
 from benchmarks.learning.watch import Training, watch
 from datasets.atomic import replace
@@ -40,9 +39,9 @@ class Contest:
     """The peer's interpreter."""
     folder: Path
     train: str
-    val: str
     pairs: str
     """`train`, as the peer reads it."""
+    examination: Examination
 
     def calibration(self) -> dict[str, Any]:
         """In which precision the peer is faster, and how fast."""
@@ -74,11 +73,9 @@ class Contest:
             optim = _muon() if system == MUON else self.settings.optim
             training = medley(job, data=self.train, optim=optim)
         spent = {0: 0.0, **self._watch(training)}
-        model = self.settings.model
-        examination = Examination.on(self.val, model=model, resolution=resolution(model))
         weights = {0: job.initial, **training.weights}
         marks = [
-            {"step": step, "cpu_seconds": seconds, **examination.recall(weights[step])}
+            {"step": step, "cpu_seconds": seconds, **self.examination.recall(weights[step])}
             for step, seconds in spent.items()
         ]
         return {"system": system, "seed": seed, "command": training.command, "marks": marks}

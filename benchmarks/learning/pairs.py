@@ -1,8 +1,8 @@
 """Medley's data as open_clip_train reads it: tar shards of one image and one caption each.
 
 A sample with several captions becomes as many pairs, for of several captions open_clip_train reads none but
-the one in KEY.txt. The pairs lie in random order, as its documentation advises: its shuffle buffer would
-otherwise hold all captions of few images, which would be each other's false negatives.
+the one in KEY.txt. The pairs lie in random order: its shuffle buffer would otherwise hold all captions of few
+images, which are false negatives of each other.
 """
 
 from __future__ import annotations

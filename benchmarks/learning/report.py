@@ -102,15 +102,34 @@ def _spread_of(values: np.ndarray) -> str:
 
 
 def _verdict(peer: Curves, budget: Curves) -> list[str]:
-    """At which of the peer's checkpoints Medley's mean is higher, by the clock."""
+    """At which of the peer's checkpoints Medley's mean is higher, and when it reaches the peer's last one."""
     lines = []
+    seconds, end = peer.cpu.mean(0)[1:], budget.cpu[:, -1].min()
     for name in COLUMNS:
-        seconds = peer.cpu.mean(0)[1:]
-        ours = np.array([budget.at(at, name).mean() for at in np.minimum(seconds, budget.cpu[:, -1].min())])
-        behind = seconds[ours <= peer.recall[name].mean(0)[1:]]
-        where = f"; not at {', '.join(f'{at:.0f} s' for at in behind)}" if len(behind) else ""
-        lines.append(f"{name}: ahead at {len(seconds) - len(behind)} of {len(seconds)} times{where}")
+        theirs = peer.recall[name].mean(0)[1:]
+        ours = np.array([budget.at(min(at, end), name).mean() for at in seconds])
+        behind = [
+            f"{at:.0f} s ({mine:.3f} against {other:.3f})"
+            for at, mine, other in zip(seconds, ours, theirs, strict=True)
+            if mine <= other
+        ]
+        where = f", not at {', '.join(behind)}" if behind else ""
+        reached = _reached(budget, name, theirs[-1])
+        when = f"after {reached:.0f} s" if reached is not None else "not"
+        lines.append(
+            f"{name}: Medley is ahead at {len(seconds) - len(behind)} of {len(seconds)} times{where}; "
+            f"what open_clip_train has after {seconds[-1]:.0f} s it reaches {when}"
+        )
     return lines
+
+
+def _reached(each: Curves, name: str, value: float) -> float | None:
+    """Seconds at which the mean first has a value."""
+    seconds, values = each.cpu.mean(0), each.recall[name].mean(0)
+    if values.max() < value:
+        return None
+    last = max(1, int((values >= value).argmax()))
+    return float(np.interp(value, values[last - 1 : last + 1], seconds[last - 1 : last + 1]))
 
 
 def plot(found: Mapping[str, Mapping[str, Curves]], path: Path) -> None:

@@ -1,26 +1,26 @@
 """The two programs and how each is told to do the same.
 
-Same for both: the towers and their initial weights, the pairs, the batch, AdamW with its settings, warm-up
-and cosine, clipping, the random crop, one intra-op thread, one reader. What differs is what the systems are:
+The same for both: the towers and their initial weights, the pairs, the batch, AdamW and its settings, warm-up
+and cosine, clipping, the random crop, one intra-op thread, one reader. What remains is what the systems are:
 
-* open_clip_train has a pass over pairs, Medley one over images with a caption drawn for each; the number of
-  pairs in a step is the same. open_clip_train saves at the end of an epoch only, so the stretch between two
+* open_clip_train makes passes over pairs, Medley over images with a caption drawn for each; a step has the
+  same number of pairs. open_clip_train saves only at the end of an epoch, so the stretch between two
   checkpoints is its epoch (`--train-num-samples`).
-* Medley takes no caption for a negative of its equal.
-* Medley does not decay position embeddings; open_clip does not decay vectors.
-* Medley runs texts as long as the longest of the batch, open_clip at 77 tokens.
-* Medley computes logits in float32 whatever the precision; each runs the towers in its faster precision.
+* open_clip_train runs every text at the context length, Medley at the length of the batch's longest.
+* Each runs the towers in its faster precision; Medley's logits are float32 in any.
+* An equal caption of another image is a negative for open_clip_train and none for Medley.
+* open_clip_train decays position embeddings, Medley does not.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.learning.watch import Training
 from pretrain.optim import Optim
+from pretrain.zoo.models import OpenClipConfig, own_resolution
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -156,6 +156,7 @@ def medley(job: Job, *, data: str, optim: Optim) -> Training:
         "cadence.checkpoint": job.every,
         "cadence.keep": job.marks,
         "cadence.report": job.every,
+        "eval.every": 0,
         "seed": job.seed,
         "out": job.folder / "run",
     }
@@ -170,8 +171,14 @@ def medley(job: Job, *, data: str, optim: Optim) -> Training:
 
 
 def resolution(model: str) -> int:
-    """Side in pixels of the images that a configuration is made for."""
-    return json.loads(Path(model).read_bytes())["vision_cfg"]["image_size"]
+    """Side in pixels of the images that a configuration is made for.
+
+    Raises:
+        UserError: there is no such configuration.
+    """
+    side = own_resolution(OpenClipConfig(name=model))
+    assert side is not None
+    return side
 
 
 def _spelled(flags: dict[str, object]) -> list[str]:

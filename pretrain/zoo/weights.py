@@ -42,7 +42,7 @@ def find_weights(definition: Definition, pretrained: str) -> Weights:
             configuration, if it is a directory that has some or on the hub, and random ones otherwise.
 
     Raises:
-        UserError: there are no such weights, they are a pickle, or their configuration is on a hub that
+        UserError: there are no such weights, they are no safetensors, or their configuration is on a hub that
             cannot be reached.
     """
     import open_clip

@@ -10,13 +10,14 @@ torch.set_num_threads(1)
 os.environ["WANDB_MODE"] = "disabled"  # the tests of the mirror say otherwise
 
 
+_MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+_AT_START = _MATMUL.fp32_precision
+
+
 @pytest.fixture(autouse=True)
 def _same_arithmetic():
-    """A launch chooses the CPU's fast float32 path for its process; the next test is another process."""
-    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = matmul.fp32_precision
-    yield
-    matmul.fp32_precision = before
+    """A launch, also one of a module's fixtures, chooses the CPU's fast float32 path for its process."""
+    _MATMUL.fp32_precision = _AT_START
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from objectives.base import DECODED, Widths
 from objectives.lm import LM
@@ -28,7 +29,7 @@ class Decoded:
 def test_the_sum_over_real_tokens_only():
     torch.manual_seed(0)
     batch = merge(make_samples(15))
-    head = VocabularyHead(vocabulary=20, width=8).double()
+    head = VocabularyHead(nn.Parameter(torch.randn(20, 8))).double()
     states = torch.randn(len(batch.tokens), batch.tokens.shape[1] - 1, 8, dtype=torch.float64)
     objective = LM(LM.Config(smoothing=0.1), WIDTHS)
     terms = objective(Decoded(states, head), batch)
@@ -50,7 +51,7 @@ def test_the_sum_over_real_tokens_only():
 
 def test_a_batch_without_a_readable_pair_costs_nothing():
     batch = merge([make_samples(15)[4]])  # masked
-    head = VocabularyHead(vocabulary=20, width=8)
+    head = VocabularyHead(nn.Parameter(torch.randn(20, 8)))
     states = torch.randn(1, batch.tokens.shape[1] - 1, 8, requires_grad=True)
     objective = LM(LM.Config(), WIDTHS)
     terms = objective(Decoded(states, head), batch)

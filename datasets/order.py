@@ -2,6 +2,15 @@
 
 A position counts samples from the start of a run. Over each epoch of a finite source every sample stands
 at exactly one position; the tail of an epoch shares its global batch with the head of the next one.
+
+    samples of the manifest, in runs of R neighbours      what one read from a disk or a store can fetch
+      -> runs permuted and joined                         a shard sorted by class is spread over the epoch
+      -> cut into M lanes                                 a lane is read by one rank where M divides well
+      -> shuffled within windows of a lane                what must be at hand at any time
+      -> position p of the epoch is row p // M of lane p % M
+
+Runs are permuted rather than shards because a window holds few shards and many runs: with shards of ten
+thousand samples sorted by class, a window of permuted shards would show two classes.
 """
 
 from __future__ import annotations
@@ -11,8 +20,16 @@ from functools import lru_cache
 from hashlib import blake2b
 from math import isqrt
 
+import numpy as np
+
+VERSION = 2
+"""Changes whenever any position would get another sample: part of what a checkpoint is resumed on."""
+RUN = 64
+"""Samples of the longest run: neighbours in the manifest, read together from a remote store."""
+
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
+_RUNS_PER_WINDOW = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +47,16 @@ class Order:
     seed: int
     size: int | None
     """Samples in an epoch, or None for a source without end, which is read in its own order."""
+    name: str = ""
+    """Of the source: two sources of one run are shuffled unlike each other."""
+    lanes: int = 8
+    """M"""
+    window: int = 1 << 19
+    """Samples of all lanes that are shuffled with each other."""
 
     def __post_init__(self) -> None:
         assert self.size is None or self.size > 0, self.size
+        assert 0 < self.lanes <= self.window, (self.lanes, self.window)
 
     def __getitem__(self, position: int) -> Slot:
         """The epoch and the index within the source of the sample at `position` >= 0."""
@@ -40,7 +64,67 @@ class Order:
         if self.size is None:
             return Slot(0, position)
         epoch, place = divmod(position, self.size)
-        return Slot(epoch, _permute(place, size=self.size, keys=_round_keys(self.seed, epoch, self.size)))
+        lane, row = self._lane(place)
+        begin, end = self._bounds(lane)
+        length = end - begin
+        windows = -(-length * self.lanes // self.window)
+        window = ((row + 1) * windows - 1) // length
+        first, last = window * length // windows, (window + 1) * length // windows
+        keys = _round_keys("window", self.seed, self.name, epoch, lane, window)
+        row = first + _permute(row - first, size=last - first, keys=keys)
+        return Slot(epoch, self._at(epoch, begin + row))
+
+    def ahead(self, position: int) -> int | None:
+        """The index to fetch when `position` is read, so that a window is at hand before it begins.
+
+        Asking for all positions asks for every index once an epoch, run by run, one window early.
+        """
+        if self.size is None:
+            return None
+        epoch, place = divmod(position, self.size)
+        lane, row = self._lane(place)
+        begin, end = self._bounds(lane)
+        later, row = divmod(row + self.window // self.lanes, end - begin)
+        return self._at(epoch + later, begin + row)
+
+    def batch(self, start: int, stop: int) -> list[int]:
+        """The positions from `start` to `stop`, lane by lane: the order in which a global batch stands.
+
+        A rank's share of it (`share`) is then few lanes, and the same list on any number of ranks.
+        """
+        if self.size is None:
+            return list(range(start, stop))
+        places = np.arange(start, stop, dtype=np.int64) % self.size
+        rows, more = divmod(self.size, self.lanes)
+        odd = places - rows * self.lanes
+        lanes = np.where(odd < 0, places % self.lanes, -(-(odd + 1) * self.lanes // max(more, 1)) - 1)
+        return (start + np.argsort(lanes, kind="stable")).tolist()
+
+    def _lane(self, place: int) -> tuple[int, int]:
+        """Lane and row of a place in an epoch. Where lanes differ by one, the longer ones have a last row."""
+        assert self.size is not None
+        rows, more = divmod(self.size, self.lanes)
+        row, lane = divmod(place, self.lanes)
+        if row < rows:
+            return lane, row
+        return -(-(lane + 1) * self.lanes // more) - 1, rows
+
+    def _bounds(self, lane: int) -> tuple[int, int]:
+        """Where a lane begins and ends in the permuted samples."""
+        assert self.size is not None
+        return lane * self.size // self.lanes, (lane + 1) * self.size // self.lanes
+
+    def _at(self, epoch: int, spot: int) -> int:
+        """The index at a spot of the permuted and joined runs; the short last run stands anywhere."""
+        assert self.size is not None
+        run = max(1, min(RUN, min(self.window, self.size) // (self.lanes * _RUNS_PER_WINDOW)))
+        runs, rest = divmod(self.size, run)
+        keys = _round_keys("runs", self.seed, self.name, epoch, self.size, run)
+        short = keys[0] % (runs + 1) * run
+        if short <= spot < short + rest:
+            return runs * run + spot - short
+        number, place = divmod(spot if spot < short else spot - rest, run)
+        return _permute(number, size=runs, keys=keys) * run + place
 
 
 def share(total: int, rank: int, ranks: int) -> range:
@@ -53,9 +137,9 @@ def share(total: int, rank: int, ranks: int) -> range:
     return range(total * rank // ranks, total * (rank + 1) // ranks)
 
 
-@lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int, size: int) -> tuple[int, ...]:
-    digest = blake2b(f"order/{seed}/{epoch}/{size}".encode(), digest_size=8 * _ROUNDS).digest()
+@lru_cache(maxsize=4096)
+def _round_keys(*what: int | str) -> tuple[int, ...]:
+    digest = blake2b(repr((VERSION, *what)).encode(), digest_size=8 * _ROUNDS).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 

@@ -56,9 +56,9 @@ def _record(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ContentError(f"its .json is not JSON: {error}") from error
+        raise ContentError(f"its .json is not JSON: {error}", kind="json") from error
     if not isinstance(record, dict):
-        raise ContentError("its .json is not an object")
+        raise ContentError("its .json is not an object", kind="json")
     return cast("dict[str, Any]", record)
 
 
@@ -66,19 +66,20 @@ def _utf8(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ContentError(f"its {where} is not UTF-8 (byte {error.start})") from error
+        raise ContentError(f"its {where} is not UTF-8 (byte {error.start})", kind="utf8") from error
 
 
 def _clean(caption: object, which: str) -> str:
     if caption is None:
-        raise ContentError("no caption")
+        raise ContentError("no caption", kind="no_caption")
     if not isinstance(caption, str):
-        raise ContentError(f"{which} is not text")
+        raise ContentError(f"{which} is not text", kind="not_text")
     cleaned = " ".join(_CONTROL.sub("", caption[:LONGEST]).split())
     if not cleaned:
-        raise ContentError(f"{which} is empty")
+        raise ContentError(f"{which} is empty", kind="no_caption")
     if not cleaned.isascii() and any("\ud800" <= character <= "\udfff" for character in cleaned):
-        raise ContentError(f"{which} is not Unicode")  # half a surrogate pair, which JSON can spell
+        # JSON can spell half a surrogate pair.
+        raise ContentError(f"{which} is not Unicode", kind="utf8")
     return cleaned
 
 
@@ -92,12 +93,12 @@ def _label(fields: dict[str, Any], cls: bytes | None) -> str | int | None:
         number = int(text) if text.isdecimal() and len(text) < 10 else text
     if number is None or (type(number) is int and number >= 0):
         return number
-    raise ContentError("its class is not a number from 0 on")
+    raise ContentError("its class is not a number from 0 on", kind="class")
 
 
 def _phrases(boxes: object, *, captions: int) -> tuple[Phrase, ...]:
     if not isinstance(boxes, list):
-        raise ContentError("its boxes are not a list")
+        raise ContentError("its boxes are not a list", kind="box")
     return tuple(_phrase(box, number, captions) for number, box in enumerate(cast("list[Any]", boxes)))
 
 
@@ -107,5 +108,7 @@ def _phrase(box: Any, number: int, captions: int) -> Phrase:
         if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1 and caption in range(captions)):
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError) as error:  # whatever else JSON may hold there
-        raise ContentError(f"box {number} is not x0, y0, x1, y1 in 0..1 of one of its captions") from error
+        raise ContentError(
+            f"box {number} is not x0, y0, x1, y1 in 0..1 of one of its captions", kind="box"
+        ) from error
     return Phrase(text=_clean(box.get("phrase"), f"phrase {number}"), box=(x0, y0, x1, y1), caption=caption)

@@ -29,7 +29,7 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer, *, resolution: int)
     keys: list[str] = []
     texts: list[tuple[str, int, bool]] = []  # caption, its image or -1, whether it is to be read
     for sample in samples:
-        masked = bool(sample.fault)
+        masked = sample.fault is not None
         image = black[0] if masked else sample.image
         place = -1
         if image is not None:

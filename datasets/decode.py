@@ -37,7 +37,8 @@ def decode(data: bytes) -> Tensor:
     except Exception as error:
         said = str(error).rsplit(", ", 1)[-1]  # torchvision names its own source file first
         why = f"truncated {kind}" if "truncated" in said.lower() else f"corrupt {kind}: {said}"
-        raise ContentError(why) from error
+        kind_of = "truncated" if "truncated" in said.lower() else "corrupt"
+        raise ContentError(why, kind=kind_of) from error
 
 
 def _kind(data: bytes) -> str:
@@ -47,7 +48,9 @@ def _kind(data: bytes) -> str:
         return "PNG"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP"
-    raise ContentError("empty image" if not data else "not a JPEG, PNG or WebP image")
+    if not data:
+        raise ContentError("empty image", kind="empty_image")
+    raise ContentError("not a JPEG, PNG or WebP image", kind="format")
 
 
 def _jpeg(data: bytes) -> Tensor:
@@ -93,4 +96,4 @@ def _other(data: bytes, kind: str) -> Tensor:
 def _limit(width: int, height: int) -> None:
     """Refuse an image before it is decoded: a few bytes can claim gigabytes of pixels."""
     if width * height > _MOST_PIXELS:
-        raise ContentError(f"{width} x {height} pixels are more than {_MOST_PIXELS}")
+        raise ContentError(f"{width} x {height} pixels are more than {_MOST_PIXELS}", kind="too_large")

@@ -125,7 +125,7 @@ class Loader:
             for part in parts
         )
         masked = (
-            Masked(position, sample.key, sample.fault)
+            Masked(position, sample.key, str(sample.fault))
             for position, sample in zip(positions, samples, strict=True)
             if sample.fault
         )

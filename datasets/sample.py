@@ -9,6 +9,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from datasets.errors import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a sample is masked. In words it is `str(fault)`."""
+
+    kind: Kind
+    """What it is counted under."""
+    reason: str
+    """What is wrong, for a person."""
+    shard: str = ""
+    """The shard that holds the sample, where there is one."""
+    offset: int = -1
+    """Where in the shard the sample begins, in bytes; -1 where that is not known."""
+
+    def __str__(self) -> str:
+        return self.reason
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phrase:
@@ -25,7 +44,7 @@ class Phrase:
 class Sample:
     """What a source says about one index.
 
-    A sample that could not be read keeps its slot: `fault` says why, in words, and the image is zeros.
+    A sample that could not be read keeps its slot: `fault` says why, and the image is zeros.
     Positions never shift because of bad data; the loss leaves the slot out.
     """
 
@@ -37,4 +56,4 @@ class Sample:
     phrases: tuple[Phrase, ...] = ()
     label: str | int | None = None
     """The class, by name or by number, where the source knows one."""
-    fault: str = ""
+    fault: Fault | None = None

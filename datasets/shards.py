@@ -91,9 +91,11 @@ class Shard:
             OSError: the file could not be read, or has changed since it was opened.
         """
         if member.odd:
-            raise ContentError(f"{printable(member.name)} is {member.odd}")
+            raise ContentError(f"{printable(member.name)} is {member.odd}", kind="member")
         if member.size > _LARGEST:
-            raise ContentError(f"{printable(member.name)} has {member.size} bytes, more than {_LARGEST}")
+            raise ContentError(
+                f"{printable(member.name)} has {member.size} bytes, more than {_LARGEST}", kind="member"
+            )
         data = os.pread(self._file.fileno(), member.size, member.offset)
         if len(data) < member.size:
             raise OSError(errno.EIO, "the shard has become shorter since it was opened", str(self.path))

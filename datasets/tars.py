@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
 from datasets.errors import ContentError
-from datasets.sample import Phrase, Sample
+from datasets.sample import Fault, Phrase, Sample
 from datasets.shards import Entry, Member, Shard, expand
 from datasets.source import Field
 from datasets.views import Augment, fixed_view, random_view
@@ -59,7 +59,8 @@ class Tars:
             assert entry.image is not None
             image = decode(shard.read(entry.image))
         except ContentError as error:
-            return Sample(key=key, image=None, captions=(), fault=str(error))
+            fault = Fault(error.kind, str(error))
+            return Sample(key=key, image=None, captions=(), fault=fault)
         height, width = image.shape[1:]
         if train:
             view = random_view(height, width, augment=self._augment, key=seed)
@@ -100,7 +101,7 @@ class Tars:
 
 def _annotations(shard: Shard, entry: Entry) -> Annotations:
     if entry.fault:
-        raise ContentError(entry.fault)
+        raise ContentError(entry.fault, kind="member")
 
     def bytes_of(member: Member | None) -> bytes | None:
         return None if member is None else shard.read(member)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from datasets.collate import collate, text_id
-from datasets.sample import Sample
+from datasets.sample import Fault, Sample
 from datasets.tokens import TrainedBPE
 
 TOKENIZER = TrainedBPE.train(["a red dog"] * 3, vocabulary=270, context_length=16)
@@ -15,7 +15,7 @@ def picture(value, *, resolution=4):
     return torch.full((3, resolution, resolution), value, dtype=torch.uint8)
 
 
-def sample(key, image, *captions, fault=""):
+def sample(key, image, *captions, fault=None):
     return Sample(key=key, image=image, captions=captions, fault=fault)
 
 
@@ -25,7 +25,7 @@ def test_ragged_batch():
             sample("two", picture(1), "a red dog", "a dog that is not red"),
             sample("text", None, "no image here"),
             sample("image", picture(2)),
-            sample("bad", None, fault="truncated JPEG"),
+            sample("bad", None, fault=Fault("truncated", "truncated JPEG")),
             sample("one", picture(3), "A  red DOG"),
         ],
         TOKENIZER,
@@ -49,7 +49,11 @@ def test_ragged_batch():
 
 
 def test_masked_sample_shows_nothing_of_what_it_held():
-    batch = collate([sample("bad", picture(9), "a red dog", "another", fault="why")], TOKENIZER, resolution=4)
+    batch = collate(
+        [sample("bad", picture(9), "a red dog", "another", fault=Fault("corrupt", "why"))],
+        TOKENIZER,
+        resolution=4,
+    )
     assert not batch.images.any()
     assert batch.tokens.tolist() == [[TOKENIZER.start, TOKENIZER.end]]
     assert not batch.text_valid.any()

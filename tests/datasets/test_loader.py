@@ -11,7 +11,7 @@ from datasets.draws import draws
 from datasets.errors import UserError
 from datasets.loader import Loader, Masked, evaluation_batches
 from datasets.order import Order
-from datasets.sample import Phrase, Sample
+from datasets.sample import Fault, Phrase, Sample
 from datasets.source import Field
 from datasets.tokens import TrainedBPE
 
@@ -38,7 +38,7 @@ class Numbered:
         phrases = tuple(Phrase(text=f"p{i}", box=(0, 0, 1, 1), caption=i) for i in range(len(captions)))
         noise = int(draws(*seed)[0] * 100) if train else 0
         image = torch.full((3, resolution, resolution), (index + noise) % 256, dtype=torch.uint8)
-        fault = "every fifth" if index % 5 == 4 else ""
+        fault = Fault("corrupt", "every fifth") if index % 5 == 4 else None
         return Sample(key=f"n/{index}", image=image, captions=captions, phrases=phrases, fault=fault)
 
     def captions(self, index):

@@ -5,7 +5,6 @@ B images, N texts, T tokens, P image tokens, D embedding width, Dv Dt token widt
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from datasets.batch import Batch
 from datasets.errors import UserError
 from datasets.source import Field
+from datasets.weights import Weight, check_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -109,39 +109,6 @@ class Encodings(Protocol):
             () sum of the losses and () count of arg-max hits (detached).
         """
         ...
-
-
-Weight = float | tuple[tuple[int, float], ...]
-"""A constant, or (step, value) points with straight lines between them."""
-
-
-def weight_at(weight: Weight, step: int) -> float:
-    """The weight that holds at a step: constant beyond the first and last point, linear between."""
-    if isinstance(weight, int | float):
-        return float(weight)
-    before = weight[0]
-    for point in weight:
-        if step < point[0]:
-            if step <= before[0]:
-                return before[1]
-            share = (step - before[0]) / (point[0] - before[0])
-            return before[1] + share * (point[1] - before[1])
-        before = point
-    return before[1]
-
-
-def check_weight(weight: Weight, flag: str) -> None:
-    """Refuse a weight that is no number, or points that are no line.
-
-    Raises:
-        UserError: names the flag.
-    """
-    points = ((0, weight),) if isinstance(weight, int | float) else weight
-    steps = [step for step, _ in points]
-    if not points or steps != sorted(set(steps)):
-        raise UserError(f"{flag} needs STEP VALUE points with rising steps, not {weight}")
-    if not all(0 <= value < math.inf for _, value in points):
-        raise UserError(f"{flag} is {weight}; a weight is a number of at least 0")
 
 
 class Objective(nn.Module, ABC):

@@ -18,7 +18,7 @@ from torch import Tensor
 from datasets.batch import Batch
 from datasets.errors import UserError
 from datasets.loader import Loader, Masked
-from objectives.base import weight_at
+from datasets.weights import weight_at
 from objectives.gather import count_rows
 from pretrain import checkpoint
 from pretrain.clock import peak_memory

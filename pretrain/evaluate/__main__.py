@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from datasets.classes import load_classes
 from datasets.errors import UserError
 from datasets.source import Source
 from datasets.sources import open_source
@@ -27,7 +28,6 @@ from pretrain.evaluate.possible import Examination, Measure, plan
 from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.subject import Subject, load_subject
-from pretrain.evaluate.zero_shot import load_classes
 from pretrain.precision import Precision, compute_for
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datasets.classes import load_classes
 from datasets.errors import UserError
 from datasets.scenes import Scenes
 from datasets.source import Source
@@ -11,7 +12,6 @@ from pretrain.evaluate.possible import Examination, plan
 from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.sheet import make_sheet, save_sheet
-from pretrain.evaluate.zero_shot import load_classes
 from pretrain.sinks.jsonl import read
 from pretrain.training import Training
 

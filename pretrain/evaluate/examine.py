@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from datasets.classes import Classes, default_templates
 from datasets.errors import UserError
 from pretrain.distributed import Ranks
 from pretrain.evaluate.caption import caption_metrics
@@ -16,10 +17,8 @@ from pretrain.evaluate.probe import linear_probe, nearest_neighbours
 from pretrain.evaluate.results import Result, Results
 from pretrain.evaluate.retrieval import recalls
 from pretrain.evaluate.zero_shot import (
-    Classes,
     accuracy,
     class_embeddings,
-    default_templates,
     label_indices,
 )
 

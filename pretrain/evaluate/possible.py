@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from datasets.classes import Classes
 from datasets.errors import UserError
 from datasets.sample import Sample
 from datasets.source import Source
 from pretrain.evaluate.judge import Judge
-from pretrain.evaluate.zero_shot import Classes, label_indices
+from pretrain.evaluate.zero_shot import label_indices
 
 Measure = Literal["zero_shot", "retrieval", "captions", "perplexity", "linear_probe", "nearest_neighbours"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from datasets.errors import UserError
+from datasets.weights import weight_at
 from objectives import OBJECTIVES, kind_of, objective_class
-from objectives.base import VOCABULARY, Widths, weight_at
+from objectives.base import VOCABULARY, Widths
 from pretrain.testing import make_samples, merge
 
 WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=True)

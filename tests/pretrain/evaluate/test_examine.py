@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from datasets.classes import Classes
 from datasets.errors import UserError
 from datasets.sources import open_source
 from datasets.views import Augment
@@ -13,7 +14,6 @@ from pretrain.evaluate.caption import caption_metrics
 from pretrain.evaluate.examine import examine
 from pretrain.evaluate.observe import observe
 from pretrain.evaluate.possible import Examination, plan
-from pretrain.evaluate.zero_shot import Classes
 from pretrain.testing import untrained_judge
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)

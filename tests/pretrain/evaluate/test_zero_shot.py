@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.classes import Classes, load_classes
 from datasets.errors import UserError
 from pretrain.evaluate.zero_shot import (
-    Classes,
     accuracy,
     best_prompt,
     class_embeddings,
     label_indices,
-    load_classes,
     top1,
 )
 

@@ -34,6 +34,10 @@ class UserError(ValueError):
     """Bad input. Its message is one sentence that names the thing and the way out; exit code 2."""
 
 
+class ShardError(UserError):
+    """A shard that cannot be read, for good: it is gone, forbidden, or not what was indexed. It is named."""
+
+
 class ContentError(ValueError):
     """A sample is not what it should be. It becomes `Sample.fault` and the slot is masked."""
 

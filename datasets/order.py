@@ -22,6 +22,8 @@ from math import isqrt
 
 import numpy as np
 
+from datasets.errors import UserError
+
 VERSION = 2
 """Changes whenever any position would get another sample: part of what a checkpoint is resumed on."""
 RUN = 64
@@ -30,6 +32,28 @@ RUN = 64
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 _RUNS_PER_WINDOW = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffle:
+    """How samples are mixed. Part of a run: with other values its order is another one."""
+
+    lanes: int = 8
+    """Parts that are read side by side: at least as many as machines, best a multiple of the ranks. A mixture
+    gives each source this many samples at a time."""
+    window: int = 1 << 19
+    """Samples of all lanes that are shuffled with each other; remote data need a cache that holds them."""
+
+    def check(self, flag: str) -> None:
+        """Refuse what cannot be shuffled.
+
+        Raises:
+            UserError: names the flag and the least value.
+        """
+        if self.lanes < 1:
+            raise UserError(f"{flag}.lanes is {self.lanes}; it must be at least 1")
+        if self.window < self.lanes:
+            raise UserError(f"{flag}.window is {self.window}; it must be at least the {self.lanes} lanes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +91,7 @@ class Order:
         lane, row = self._lane(place)
         begin, end = self._bounds(lane)
         length = end - begin
-        windows = -(-length * self.lanes // self.window)
+        windows = self._windows(length)
         window = ((row + 1) * windows - 1) // length
         first, last = window * length // windows, (window + 1) * length // windows
         keys = _round_keys("window", self.seed, self.name, epoch, lane, window)
@@ -77,14 +101,18 @@ class Order:
     def ahead(self, position: int) -> int | None:
         """The index to fetch when `position` is read, so that a window is at hand before it begins.
 
-        Asking for all positions asks for every index once an epoch, run by run, one window early.
+        Reading on asks once for each sample, run by run in each lane: before the first of its window is read,
+        and less than two windows before it is read itself. What is read within a window of the start of a
+        run may not be asked for. None where the source is read in its own order.
         """
         if self.size is None:
             return None
         epoch, place = divmod(position, self.size)
         lane, row = self._lane(place)
         begin, end = self._bounds(lane)
-        later, row = divmod(row + self.window // self.lanes, end - begin)
+        length = end - begin
+        window = -(-length // self._windows(length))
+        later, row = divmod(row + window, length)
         return self._at(epoch + later, begin + row)
 
     def batch(self, start: int, stop: int) -> list[int]:
@@ -113,6 +141,10 @@ class Order:
         """Where a lane begins and ends in the permuted samples."""
         assert self.size is not None
         return lane * self.size // self.lanes, (lane + 1) * self.size // self.lanes
+
+    def _windows(self, length: int) -> int:
+        """Windows that a lane of this many samples is cut into, as even as can be."""
+        return -(-length * self.lanes // self.window)
 
     def _at(self, epoch: int, spot: int) -> int:
         """The index at a spot of the permuted and joined runs; the short last run stands anywhere."""

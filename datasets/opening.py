@@ -1,0 +1,82 @@
+"""From names to the shards of a manifest: what has no valid sidecar is indexed on first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+from datasets.errors import UserError
+from datasets.indexing import Job, Outcome, index_all, shown_url, standing
+from datasets.manifest import Manifest, Shard
+from datasets.remote import is_remote
+from datasets.sidecar import Head
+
+_FEW = 3  # damaged shards that are named
+
+
+def shards(names: list[str], say: Callable[[str], None] | None) -> Iterator[Shard]:
+    """The shards that manifests and tar files hold, in order.
+
+    Raises:
+        UserError: a shard is damaged, cannot be read or indexed, or is remote and not in a manifest.
+    """
+    remote = [name for name in names if is_remote(name) and not is_manifest(name)]
+    if remote:
+        raise UserError(
+            f"{shown_url(remote[0])} is remote and has no manifest: write one with "
+            f"`python -m datasets.index '{shown_url(remote[0])}' --out DIR` and name DIR/manifest.json"
+        )
+    local = [name for name in names if not is_manifest(name)]
+    found = {name: standing(name) for name in local}
+    jobs = [Job(name, sidecar) for name, (sidecar, head) in found.items() if head is None]
+    heads = {name: head for name, (_, head) in found.items() if head is not None}
+    if jobs:
+        heads |= _indexed(jobs, say)
+    for name in names:
+        if is_manifest(name):
+            yield from Manifest.load(name)
+        else:
+            yield entry(Job(name, found[name][0]), heads[name])
+
+
+def entry(job: Job, head: Head) -> Shard:
+    """What a manifest is made of, for an indexed shard."""
+    return Shard(job.url, "", head.bytes, head.samples, head.digest, job.sidecar)
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a name is that of a manifest."""
+    return name.partition("?")[0].endswith(".json")
+
+
+def damaged(outcomes: list[Outcome]) -> str:
+    """In one sentence, which shards are damaged, where and how; nothing if none is."""
+    found = [
+        f"{shown_url(job.url)} at byte {problem.offset} ({problem.kind}: {problem.reason})"
+        for job, _, problem, _ in outcomes
+        if problem is not None
+    ]
+    if not found:
+        return ""
+    more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""
+    which = "a shard is" if len(found) == 1 else f"{len(found)} shards are"
+    return (
+        f"{which} damaged: {', '.join(found[:_FEW])}{more}; fetch or pack again, or leave out with "
+        "`python -m datasets.index ... --without-damaged`"
+    )
+
+
+def _indexed(jobs: list[Job], say: Callable[[str], None] | None) -> dict[str, Head]:
+    """Index what is local, with threads: this may be any program."""
+    began = monotonic()
+    if say is not None:
+        say(f"indexing {len(jobs)} shards of {jobs[0].url.rpartition('/')[0]} on first use")
+    outcomes = index_all(jobs, workers=min(os.cpu_count() or 1, 8), processes=False, say=say)
+    if broken := damaged(outcomes):
+        raise UserError(broken)
+    heads = {outcome.job.url: outcome.head for outcome in outcomes if outcome.head is not None}
+    if say is not None:
+        total = sum(head.bytes for head in heads.values())
+        say(f"indexed {total / 1e9:.2f} GB in {monotonic() - began:.1f} s")
+    return heads

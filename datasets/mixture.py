@@ -31,8 +31,9 @@ def allot(
     """The accounts after one more step.
 
     What a source gets, its new position less its old one, is a multiple of `quantum`; together they get
-    `batch`. Every source is credited its share and then the quanta go one by one to the largest credit, so
-    that credits stay within the number of sources.
+    `batch`. Every source is credited its share and then the quanta go one by one to the largest credit of a
+    source that has a weight. No credit of n sources then leaves (n - 1) / 2 quanta, however weights change,
+    so over any window of steps a source gets its share to within n - 1 quanta.
 
     Args:
         accounts: of every source, before the step.

@@ -4,7 +4,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.errors import UserError
@@ -80,6 +80,7 @@ def global_batch(order, step, batch, ranks=1, micro_batches=1):
 # What stands where
 
 
+@settings(deadline=None)
 @given(order=orders(), epoch=EPOCHS)
 def test_every_sample_stands_once_in_every_epoch(order, epoch):
     slots = epoch_of(order, epoch)
@@ -87,6 +88,7 @@ def test_every_sample_stands_once_in_every_epoch(order, epoch):
     assert {slot.epoch for slot in slots} == {epoch}
 
 
+@settings(deadline=None)
 @given(
     position=st.integers(0, 10**15),
     size=st.integers(1, 10**12),
@@ -111,6 +113,7 @@ def test_position_before_the_start_is_refused():
         Order(0, 5)[-1]
 
 
+@settings(deadline=None)
 @given(order=orders(300), batch=st.integers(1, 100), epochs=st.integers(1, 3))
 def test_batches_repeat_nothing_and_an_epoch_goes_on_into_the_next(order, batch, epochs):
     steps = epochs * order.size // batch
@@ -125,6 +128,7 @@ def test_batches_repeat_nothing_and_an_epoch_goes_on_into_the_next(order, batch,
 # Who reads it
 
 
+@settings(deadline=None)
 @given(total=st.integers(0, 300), ranks=st.integers(1, 9), micro_batches=st.integers(1, 5))
 def test_shares_of_shares_join_up(total, ranks, micro_batches):
     places = []
@@ -135,6 +139,7 @@ def test_shares_of_shares_join_up(total, ranks, micro_batches):
     assert places == list(range(total))
 
 
+@settings(deadline=None)
 @given(
     order=orders(300),
     batch=st.integers(1, 100),
@@ -154,6 +159,7 @@ def test_kills_and_other_ranks_change_no_global_batch(order, batch, steps, every
     assert [ledger[step] for step in range(steps)] == straight
 
 
+@settings(deadline=None)
 @given(order=orders(300), start=st.integers(0, 2000), length=st.integers(1, 700))
 def test_a_batch_holds_its_positions_lane_by_lane(order, start, length):
     positions = order.batch(start, start + length)
@@ -162,6 +168,7 @@ def test_a_batch_holds_its_positions_lane_by_lane(order, start, length):
     assert standing == sorted(standing)
 
 
+@settings(deadline=None)
 @given(order=orders(2000), epoch=st.integers(0, 9), data=st.data())
 def test_a_rank_reads_few_lanes(order, epoch, data):
     """Only its own, where ranks divide lanes, lanes divide the batch and the epoch does not end in it."""
@@ -203,6 +210,7 @@ def rows_of(order, epoch):
     return rows
 
 
+@settings(deadline=None)
 @given(order=orders(), epoch=st.integers(0, 99))
 def test_a_sample_stays_in_its_lane_and_window(order, epoch):
     for spots, rows in zip(spots_of(order, epoch), rows_of(order, epoch), strict=True):
@@ -212,6 +220,7 @@ def test_a_sample_stays_in_its_lane_and_window(order, epoch):
             assert sorted(spots[first:last]) == sorted(rows[first:last])
 
 
+@settings(deadline=None)
 @given(order=orders(), epoch=st.integers(0, 99))
 def test_neighbours_are_fetched_together(order, epoch):
     """Lanes before shuffling are runs of neighbours in the manifest, cut where two lanes meet."""
@@ -223,6 +232,7 @@ def test_neighbours_are_fetched_together(order, epoch):
     assert sum(length % run != 0 for length in lengths) <= 1  # the short last one, wherever it stands
 
 
+@settings(deadline=None)
 @given(order=orders(), first=st.integers(0, 99))
 def test_everything_is_asked_for_once_and_before_its_window_begins(order, first):
     """Over the borders of epochs too: the head of the next epoch is asked for in the tail of this one."""

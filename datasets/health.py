@@ -49,8 +49,8 @@ class Meter:
     def take(self) -> dict[str, float]:
         """Totals since the last call, which starts them anew.
 
-        What was timed as NAME is told as NAME_count, NAME_seconds (their sum), NAME_p50, NAME_p99 and NAME_max
-        (seconds, right to 5 %). What did not happen is left out.
+        What was timed as NAME is told as NAME_count, NAME_seconds (their sum), NAME_p50, NAME_p99 and
+        NAME_max (seconds, right to 5 %). What did not happen is left out.
         """
         with self._lock:
             totals, self._totals = self._totals, defaultdict(float)

@@ -1,7 +1,14 @@
 import io
+import random
 import tarfile
 
 import pytest
+
+from datasets.grouping import group
+from datasets.manifest import Manifest, Shard
+from datasets.scan import scan
+from datasets.sidecar import write
+from datasets.testing import FaultServer
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +25,39 @@ def pack():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_shards(pack):
+    """Write indexed shards of random bytes into a folder; gives their manifest, saved there too."""
+
+    def make(folder, *, shards=2, samples=130, size=300):
+        names = [
+            (f"{each:05d}.{suffix}", n)
+            for each in range(samples)
+            for suffix, n in (("jpg", size), ("txt", 20))
+        ]
+        indexed = []
+        for number in range(shards):
+            members = ((name, random.Random(f"{number} {name}").randbytes(length)) for name, length in names)
+            indexed.append(_indexed(pack(folder / f"{number:05d}.tar", members)))
+        manifest = Manifest.of(indexed)
+        manifest.save(folder / "manifest.json")
+        return manifest
+
+    return make
+
+
+def _indexed(path):
+    scanned, sidecar = scan(path), path.with_name(f"{path.name}.idx")
+    head = write(sidecar, scanned, group(scanned.members), mtime_ns=path.stat().st_mtime_ns)
+    return Shard(str(path), path.name, head.bytes, head.samples, head.digest, str(sidecar))
+
+
+@pytest.fixture
+def fault_server(tmp_path):
+    """A server of the folder `served`, which fails when it is told to."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with FaultServer(folder) as server:
+        yield server

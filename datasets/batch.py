@@ -1,6 +1,6 @@
 """One micro-batch, ragged from the first day: N texts over B images.
 
-B images, N texts, T tokens of the longest text in this batch, H W pixels.
+S samples, B images, N texts, T tokens of the longest text in this batch, H W pixels.
 """
 
 from __future__ import annotations
@@ -35,8 +35,14 @@ class Batch:
     """(N,) bool"""
     text_id: Tensor
     """(N,) int64: a hash of the caption. Equal captions are positives of each other."""
+    boxes: Tensor
+    """(N, 4) float32: x0, y0, x1, y1 in 0..1 of the image as it is here; of a text that names no box, zeros."""
+    box_valid: Tensor
+    """(N,) bool: texts that name a box."""
     keys: tuple[str, ...]
-    """(B,) the samples' names, for the ledger and for messages."""
+    """(S,) the samples' names, for the ledger and for messages. B = S, or 0 for text alone."""
+    source: str = ""
+    """Which source of the run it is of."""
 
     @property
     def pair_valid(self) -> Tensor:

@@ -14,41 +14,53 @@ from torch import Tensor
 from datasets.batch import Batch
 from datasets.sample import Sample
 from datasets.tokens import Tokenizer, normalise
+from datasets.views import Box
 
 
-def collate(samples: Sequence[Sample], tokenizer: Tokenizer, *, resolution: int) -> Batch:
+def collate(
+    samples: Sequence[Sample], tokenizer: Tokenizer, *, resolution: int, images: bool = True, source: str = ""
+) -> Batch:
     """Stack the images and tokenise every caption that the samples hold.
 
-    A sample without image adds no image, one without captions no text. A masked sample adds a black image
-    and an empty text, both marked invalid, so that its slot stays. Nothing is padded beyond the longest
-    text here; a batch without texts has N = 0.
+    A sample without captions adds no text. A masked sample adds a black image and an empty text, both marked
+    invalid, so that its slot stays. Nothing is padded beyond the longest text here; a batch without texts
+    has N = 0.
+
+    Args:
+        samples: with an image each, or all without.
+        tokenizer: the run's.
+        resolution: side of the images in pixels.
+        images: False where samples are text alone: B = 0.
+        source: what the batch says it is of.
     """
     black = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
-    images: list[Tensor] = []
-    valid: list[bool] = []
-    keys: list[str] = []
-    texts: list[tuple[str, int, bool]] = []  # caption, its image or -1, whether it is to be read
-    for sample in samples:
+    pixels: list[Tensor] = []
+    texts: list[tuple[str, int, bool, Box | None]] = []  # caption, its image or -1, whether it is to be read
+    for place, sample in enumerate(samples):
         masked = sample.fault is not None
-        image = black[0] if masked else sample.image
-        place = -1
-        if image is not None:
+        if images:
+            image = black[0] if masked else sample.image
+            assert image is not None, sample.key
             assert image.shape == (3, resolution, resolution), (sample.key, image.shape)
-            place = len(images)
-            images.append(image)
-            valid.append(not masked)
-            keys.append(sample.key)
-        texts += [(caption, place, not masked) for caption in ([""] if masked else sample.captions)]
-    tokens, length = _tokens([caption for caption, _, _ in texts], tokenizer)
+            pixels.append(image)
+        boxes = sample.boxes or [None] * len(sample.captions)
+        for caption, box in [("", None)] if masked else zip(sample.captions, boxes, strict=True):
+            texts.append((caption, place if images else -1, not masked, box))
+    tokens, length = _tokens([caption for caption, *_ in texts], tokenizer)
     return Batch(
-        images=torch.stack(images) if images else black[:0],
-        image_valid=torch.tensor(valid, dtype=torch.bool),
+        images=torch.stack(pixels) if pixels else black[:0],
+        image_valid=torch.tensor(
+            [sample.fault is None for sample in samples[: len(pixels)]], dtype=torch.bool
+        ),
         tokens=tokens,
         text_length=length,
-        image_index=torch.tensor([place for _, place, _ in texts], dtype=torch.int64),
-        text_valid=torch.tensor([readable for _, _, readable in texts], dtype=torch.bool),
-        text_id=torch.tensor([text_id(caption) for caption, _, _ in texts], dtype=torch.int64),
-        keys=tuple(keys),
+        image_index=torch.tensor([place for _, place, _, _ in texts], dtype=torch.int64),
+        text_valid=torch.tensor([readable for _, _, readable, _ in texts], dtype=torch.bool),
+        text_id=torch.tensor([text_id(caption) for caption, *_ in texts], dtype=torch.int64),
+        boxes=torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for *_, box in texts]).reshape(-1, 4),
+        box_valid=torch.tensor([box is not None for *_, box in texts], dtype=torch.bool),
+        keys=tuple(sample.key for sample in samples),
+        source=source,
     )
 
 

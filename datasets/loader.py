@@ -1,40 +1,55 @@
-"""Batches of a source, read ahead by threads.
+"""Batches of a mixture of sources, read ahead by threads.
 
 Decoding and resizing release the GIL, so threads do it, and nothing is copied between processes. What a step
-reads follows from its number alone: it is the same for any number of ranks, micro-batches and threads, and
-there is no state to save.
+reads follows from the accounts before it: it is the same for any number of ranks, micro-batches and threads,
+and the accounts are all there is to save.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
 from datasets.batch import Batch
 from datasets.collate import collate
-from datasets.draws import draws
 from datasets.errors import UserError
-from datasets.order import Order, share
-from datasets.sample import Sample
+from datasets.health import Meter
+from datasets.holding import NEEDS, Holding
+from datasets.mixture import Account, allot
+from datasets.order import Order, Shuffle, share
+from datasets.sample import Fault, Sample
 from datasets.source import Source
 from datasets.tokens import Tokenizer
+from datasets.weights import Weight, weight_at
 
 _STEPS_AHEAD = 3
 _CHUNK = 16  # samples read by one task: enough to hide its start, few enough to share a small batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """One source of a mixture, and what a run takes of it."""
+
+    name: str
+    source: Source
+    holding: Holding = field(default_factory=Holding)
+    weight: Weight = 1.0
+    """Its share of the slots, in units of all weights together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
     """A sample that could not be read, for the loop to count and record."""
 
+    source: str
     position: int
+    epoch: int
     key: str
-    reason: str
+    fault: Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +58,18 @@ class Portion:
 
     step: int
     batches: tuple[Batch, ...]
-    """Its micro-batches. All ranks' micro-batches in order are the global batch."""
+    """Its micro-batches, source by source, as many on every rank. Those of one source, of all ranks and in
+    order, are that source's part of the global batch."""
     masked: tuple[Masked, ...]
+    accounts: Mapping[str, Account]
+    """Where the sources stand after it."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Training batches of one source for one rank."""
+    """Training batches for one rank."""
 
-    source: Source
+    feeds: Sequence[Feed]
     tokenizer: Tokenizer
     _: KW_ONLY
     seed: int
@@ -62,74 +80,135 @@ class Loader:
     rank: int = 0
     ranks: int = 1
     micro_batches: int = 1
+    """Pieces that a rank's part of a source is cut into, or as many as leave each rank a sample in each."""
     train: bool = True
     """Draw random views rather than the fixed one."""
     threads: int = 1
     """Reading threads."""
-    captions: Literal["one", "all"] = "one"
-    """Draw one of a sample's captions, or give all of them."""
+    shuffle: Shuffle = field(default_factory=Shuffle)
+    meter: Meter = field(default_factory=Meter)
+    """Told how many steps lie ready, under `queue`."""
 
     def __post_init__(self) -> None:
-        shares = self.ranks * self.micro_batches
-        if self.batch < shares:
+        quantum = self.batch if len(self.feeds) == 1 else self.shuffle.lanes
+        if self.batch % quantum:
+            raise UserError(
+                f"a batch of {self.batch} cannot be shared among {len(self.feeds)} sources in parts of "
+                f"--shuffle.lanes {quantum}: make one a multiple of the other"
+            )
+        if len(self.feeds) > 1 and quantum < self.ranks:
+            raise UserError(
+                f"a source gets its slots in parts of --shuffle.lanes {quantum}, too few for {self.ranks} "
+                "ranks: use as many lanes as ranks"
+            )
+        if len(self.feeds) == 1 and self.batch < self.ranks * self.micro_batches:
             raise UserError(
                 f"a batch of {self.batch} cannot be shared among {self.ranks} ranks x {self.micro_batches} "
-                f"micro-batches: it needs at least {shares} samples"
+                f"micro-batches: it needs at least {self.ranks * self.micro_batches} samples"
             )
 
-    def steps(self, first: int, last: int, *, position: int = 0) -> Generator[Portion]:
+    def steps(
+        self, first: int, last: int, *, accounts: Mapping[str, Account] | None = None
+    ) -> Generator[Portion]:
         """Read steps [first, last), a few of them ahead of the consumer.
 
         An error in a reading thread is raised here, as it was. Closing the iterator ends its threads.
 
         Args:
-            first: the first step to read, counted from where `position` stands.
+            first: the first step to read; weights follow from the number of the step.
             last: the step before which to stop.
-            position: where step 0 starts; step s reads the `batch` positions from position + s * batch on.
+            accounts: where the sources stand before step `first`, by name; at their beginning by default.
         """
         readers = _readers(self.threads)
         ahead: deque[Future[Portion]] = deque()
+        standing = {feed.name: (accounts or {}).get(feed.name, Account()) for feed in self.feeds}
         try:
             for step in range(first, last):
-                ahead.append(self._submit(readers, step, position + step * self.batch))
+                before, standing = standing, self._after(step, standing)
+                ahead.append(self._submit(readers, step, before, standing))
                 if len(ahead) > _STEPS_AHEAD:
-                    yield ahead.popleft().result()
+                    yield self._next(ahead)
             while ahead:
-                yield ahead.popleft().result()
+                yield self._next(ahead)
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, readers: ThreadPoolExecutor, step: int, start: int) -> Future[Portion]:
-        """Queue the reading of a step. Its last task waits for tasks queued before it, so never for ever."""
-        mine = share(self.batch, self.rank, self.ranks)
-        positions = range(start + mine.start, start + mine.stop)
-        chunks = [
-            readers.submit(self._read, positions[i : i + _CHUNK]) for i in range(0, len(positions), _CHUNK)
-        ]
-        return readers.submit(self._assemble, step, positions, chunks)
+    def _after(self, step: int, accounts: Mapping[str, Account]) -> dict[str, Account]:
+        weights = {feed.name: weight_at(feed.weight, step) for feed in self.feeds}
+        return allot(accounts, weights, batch=self.batch, quantum=self.shuffle.lanes)
 
-    def _read(self, positions: Sequence[int]) -> list[Sample]:
-        order = Order(self.seed, self.source.size)
-        samples: list[Sample] = []
+    def _next(self, ahead: deque[Future[Portion]]) -> Portion:
+        self.meter.add("queue", sum(each.done() for each in ahead))
+        self.meter.add("steps")
+        return ahead.popleft().result()
+
+    def _submit(
+        self,
+        readers: ThreadPoolExecutor,
+        step: int,
+        before: Mapping[str, Account],
+        after: Mapping[str, Account],
+    ) -> Future[Portion]:
+        """Queue the reading of a step. Its last task waits for tasks queued before it, so never for ever."""
+        reading: list[tuple[Feed, list[int], int, list[Future[list[Sample]]]]] = []
+        for feed in self.feeds:
+            start, stop = before[feed.name].position, after[feed.name].position
+            if start == stop:
+                continue
+            order = self._order(feed)
+            mine = share(stop - start, self.rank, self.ranks)
+            positions = order.batch(start, stop)[mine.start : mine.stop]
+            if feed.source.remote:
+                _fetch_early(feed.source, order, positions)
+            pieces = max(1, min(self.micro_batches, (stop - start) // self.ranks))
+            chunks = [
+                readers.submit(self._read, feed, positions[i : i + _CHUNK])
+                for i in range(0, len(positions), _CHUNK)
+            ]
+            reading.append((feed, positions, pieces, chunks))
+        return readers.submit(self._assemble, step, reading, after)
+
+    def _order(self, feed: Feed) -> Order:
+        lanes, window = self.shuffle.lanes, self.shuffle.window
+        return Order(self.seed, feed.source.size, feed.name, lanes=lanes, window=window)
+
+    def _read(self, feed: Feed, positions: Sequence[int]) -> list[Sample]:
+        order, samples = self._order(feed), list[Sample]()
         for slot in map(order.__getitem__, positions):
             key = (self.seed, slot.epoch, slot.index)
-            sample = self.source.read(slot.index, seed=key, resolution=self.resolution, train=self.train)
-            samples.append(_one_caption(sample, key) if self.captions == "one" else sample)
+            sample = feed.source.read(
+                slot.index,
+                seed=key,
+                resolution=self.resolution,
+                train=self.train,
+                fields=NEEDS[feed.holding.holds],
+            )
+            samples.append(feed.holding(sample, key))
         return samples
 
-    def _assemble(self, step: int, positions: Sequence[int], chunks: list[Future[list[Sample]]]) -> Portion:
-        samples = [sample for chunk in chunks for sample in chunk.result()]
-        parts = [share(len(samples), part, self.micro_batches) for part in range(self.micro_batches)]
-        batches = (
-            collate(samples[part.start : part.stop], self.tokenizer, resolution=self.resolution)
-            for part in parts
-        )
-        masked = (
-            Masked(position, sample.key, str(sample.fault))
-            for position, sample in zip(positions, samples, strict=True)
-            if sample.fault
-        )
-        return Portion(step, tuple(batches), tuple(masked))
+    def _assemble(
+        self,
+        step: int,
+        reading: Sequence[tuple[Feed, list[int], int, list[Future[list[Sample]]]]],
+        after: Mapping[str, Account],
+    ) -> Portion:
+        batches: list[Batch] = []
+        masked: list[Masked] = []
+        for feed, positions, pieces, chunks in reading:
+            samples = [sample for chunk in chunks for sample in chunk.result()]
+            for part in (share(len(samples), piece, pieces) for piece in range(pieces)):
+                some = samples[part.start : part.stop]
+                images = "image" in NEEDS[feed.holding.holds]
+                batches.append(
+                    collate(some, self.tokenizer, resolution=self.resolution, images=images, source=feed.name)
+                )
+            size = feed.source.size
+            masked += [
+                Masked(feed.name, position, position // size if size else 0, sample.key, sample.fault)
+                for position, sample in zip(positions, samples, strict=True)
+                if sample.fault
+            ]
+        return Portion(step, tuple(batches), tuple(masked), after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +260,19 @@ def _examined(reading: list[Future[Sample]], tokenizer: Tokenizer, resolution: i
     return Examined(samples, collate(samples, tokenizer, resolution=resolution))
 
 
+def _fetch_early(source: Source, order: Order, positions: Sequence[int]) -> None:
+    """Ask for what is read next, and for what the next window of each lane will need."""
+    for position in positions:
+        source.prefetch(order[position].index)
+        later = order.ahead(position)
+        if later is not None:
+            source.prefetch(later)
+
+
 def _readers(threads: int) -> ThreadPoolExecutor:
     # A new thread takes the count that was set last, so the main thread must settle its own first; readers
     # get one each, for a team of OpenMP threads under every reader would choke the cores.
     torch.get_num_threads()
     return ThreadPoolExecutor(
         threads, thread_name_prefix="reader", initializer=torch.set_num_threads, initargs=(1,)
-    )
-
-
-def _one_caption(sample: Sample, key: tuple[int, ...]) -> Sample:
-    """The sample with one of its captions, drawn by `key`, and the phrases of that caption."""
-    if len(sample.captions) < 2:
-        return sample
-    chosen = int(draws("caption", *key)[0] * len(sample.captions))
-    return replace(
-        sample,
-        captions=(sample.captions[chosen],),
-        phrases=tuple(replace(phrase, caption=0) for phrase in sample.phrases if phrase.caption == chosen),
     )

@@ -54,6 +54,12 @@ class Sample:
     """(3, H, W) uint8, or None for text alone."""
     captions: tuple[str, ...]
     phrases: tuple[Phrase, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """Of each caption, where the captions are phrases: the box it names, in the image as it is here."""
     label: str | int | None = None
     """The class, by name or by number, where the source knows one."""
+    shard: str = ""
+    """The shard that holds it, where there is one."""
+    offset: int = -1
+    """Where in the shard it begins, in bytes; -1 where that is not known."""
     fault: Fault | None = None

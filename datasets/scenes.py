@@ -20,7 +20,7 @@ import torch
 
 from datasets.drawing import COLOURS, NUMBERS, REACH, SHAPES, Thing, box, draw
 from datasets.sample import Phrase, Sample
-from datasets.source import Field
+from datasets.source import EVERYTHING, Field
 
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.075, 0.09),
@@ -100,6 +100,7 @@ class Scenes:
     """The built-in source. Endless for training, of a fixed size for tests."""
 
     fields: frozenset[Field] = frozenset({"image", "text", "boxes"})
+    remote = False
 
     def __init__(
         self,
@@ -135,21 +136,35 @@ class Scenes:
         content = (1, SIZES, COLOURS, SHAPES, UNSEEN, self._key, size, counts, combinations, distinct)
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
-    def read(self, index: int, *, seed: tuple[int, ...], resolution: int, train: bool) -> Sample:
+    def read(
+        self,
+        index: int,
+        *,
+        seed: tuple[int, ...],
+        resolution: int,
+        train: bool,
+        fields: frozenset[Field] = EVERYTHING,
+    ) -> Sample:
         """The sample at `index`, always the same one: a new view of it is simply another index."""
         scene, random = self._draw(index)
-        pixels = draw(
-            scene.things,
-            resolution=resolution,
-            numbers=random.random(NUMBERS, dtype=np.float32),
-            grain=random.bit_generator.random_raw(-(-resolution * resolution // 8)).view(np.uint8),
-        )
+        image = None
+        if "image" in fields:
+            pixels = draw(
+                scene.things,
+                resolution=resolution,
+                numbers=random.random(NUMBERS, dtype=np.float32),
+                grain=random.bit_generator.random_raw(-(-resolution * resolution // 8)).view(np.uint8),
+            )
+            image = torch.from_numpy(pixels)  # pyright: ignore[reportUnknownMemberType]
         return Sample(
             key=f"{self.name}/{self._key}/{index}",
-            image=torch.from_numpy(pixels),  # pyright: ignore[reportUnknownMemberType]
+            image=image,
             captions=(scene.caption,),
             phrases=scene.phrases,
         )
+
+    def prefetch(self, index: int) -> None:
+        """Nothing: scenes are drawn."""
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""

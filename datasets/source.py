@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from datasets.sample import Sample
 
-Field = Literal["image", "text", "boxes"]
+Field = Literal["image", "text", "boxes", "label"]
+EVERYTHING: Final[frozenset[Field]] = frozenset(("image", "text", "boxes", "label"))
 
 
 class Source(Protocol):
@@ -20,18 +21,33 @@ class Source(Protocol):
     """Hex digest of the content: a checkpoint is not resumed on other data."""
     size: int | None
     """Samples in an epoch, or None for a source without end."""
+    remote: bool
+    """Whether reading waits for a network, so that `prefetch` is worth calling."""
 
-    def read(self, index: int, *, seed: tuple[int, ...], resolution: int, train: bool) -> Sample:
-        """The sample at `index`.
+    def read(
+        self,
+        index: int,
+        *,
+        seed: tuple[int, ...],
+        resolution: int,
+        train: bool,
+        fields: frozenset[Field] = EVERYTHING,
+    ) -> Sample:
+        """The sample at `index`; one that cannot be read says so in its `fault`.
 
         Args:
             index: 0 <= index < size, or any index >= 0 of an endless source.
             seed: the key of every random choice made for this reading (run seed, epoch, index).
             resolution: side of the square image in pixels.
             train: draw a random view (crop, flip) rather than the one fixed view.
+            fields: what is asked for: nothing else is read, decoded or missed.
         """
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index` without its pixels; none where it cannot be read."""
+        ...
+
+    def prefetch(self, index: int) -> None:
+        """Begin to fetch what the sample at `index` needs, and return at once."""
         ...

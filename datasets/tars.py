@@ -1,135 +1,160 @@
-"""Image-text pairs from local tar shards in the layout of img2dataset and webdataset.
+"""Image-text pairs from tar shards in the layout of img2dataset and webdataset, local or remote.
 
-Opening reads the header of every member, so that a sample is one `pread` away from then on and damage is
-found before training. A sample that cannot be read keeps its slot, masked, with the reason.
+A manifest says where every member of every shard lies, so that a sample is one read away and damage is found
+before training. A sample that cannot be read keeps its slot, masked, with the reason.
 """
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
-from hashlib import blake2b
-from itertools import accumulate
-from pathlib import Path
-
 from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
 from datasets.errors import ContentError
+from datasets.health import Meter
+from datasets.manifest import Manifest, open_manifest
+from datasets.remote import Remote
 from datasets.sample import Fault, Phrase, Sample
-from datasets.shards import Entry, Member, Shard, expand
-from datasets.source import Field
+from datasets.sidecar import Place, Row
+from datasets.source import EVERYTHING, Field
+from datasets.store import Store
 from datasets.views import Augment, fixed_view, random_view
+
+_GLANCE = 64  # samples that are looked at to find out what a source holds
 
 
 class Tars:
     """The source that tar shards are; several comma-separated sets are one pooled source."""
 
-    def __init__(self, patterns: str, *, augment: Augment) -> None:
-        """Index all shards.
+    def __init__(
+        self, spec: str, *, augment: Augment, remote: Remote | None = None, meter: Meter | None = None
+    ) -> None:
+        """Open the manifest; local shards without one are indexed first.
 
         Args:
-            patterns: comma-separated paths, globs and brace ranges, such as `a/{00000..00011}.tar,b/*.tar`.
+            spec: what `open_manifest` takes: manifests, paths, globs and brace ranges, separated by commas.
             augment: how random the views of training are.
+            remote: how remote shards are fetched.
+            meter: told what reading and decoding cost.
 
         Raises:
-            UserError: a pattern matches nothing, or a shard is no tar, damaged, or without pairs.
+            UserError: nothing is found, a shard is damaged or no tar, or there is nothing to train on.
         """
-        self.name = patterns
+        self.name = spec
+        self.manifest: Manifest = open_manifest(spec)
+        self.size: int | None = self.manifest.size
+        self.fingerprint = self.manifest.fingerprint
+        self.remote = any("://" in self.manifest[number].url for number in range(len(self.manifest)))
         self._augment = augment
-        self._shards: list[Shard] = []
-        try:
-            for path in expand(patterns):
-                self._shards.append(Shard(path))
-        except BaseException:
-            self.close()
-            raise
-        self._ends = list(accumulate(len(shard.entries) for shard in self._shards))
-        self._labels = _labels([shard.path for shard in self._shards])
-        self.size: int | None = self._ends[-1]
-        self.fields: frozenset[Field] = frozenset(
-            ("image", "text", "boxes") if _has_boxes(self._shards[0]) else ("image", "text")
-        )
-        self.fingerprint = _fingerprint(self._shards)
+        self._meter = meter or Meter()
+        self._store = Store(self.manifest, remote=remote or Remote(), meter=self._meter)
+        self.fields: frozenset[Field] = self._held()
 
-    def read(self, index: int, *, seed: tuple[int, ...], resolution: int, train: bool) -> Sample:
+    def read(
+        self,
+        index: int,
+        *,
+        seed: tuple[int, ...],
+        resolution: int,
+        train: bool,
+        fields: frozenset[Field] = EVERYTHING,
+    ) -> Sample:
         """The sample at `index`: a view drawn by `seed` for training, the central square otherwise."""
-        shard, entry, key = self._find(index)
+        number, row = self._find(index)
+        shard = self.manifest[number].label
+        places = (row.image, row.text, row.record, row.number)
+        offset = min((place.offset for place in places if place), default=-1)
+        key = f"{shard}/{row.key}"
         try:
-            found = _annotations(shard, entry)
-            assert entry.image is not None
-            image = decode(shard.read(entry.image))
+            found = self._annotations(number, row) if fields - {"image"} else _NOTHING
+            encoded = self._bytes(number, row.image, "no image") if "image" in fields else None
+            with self._meter.timed("decode"):
+                image = None if encoded is None else decode(encoded)
+                if image is None:
+                    return Sample(
+                        key=key,
+                        image=None,
+                        captions=found.captions,
+                        label=found.label,
+                        shard=shard,
+                        offset=offset,
+                    )
+                height, width = image.shape[1:]
+                if train:
+                    view = random_view(height, width, augment=self._augment, key=seed)
+                else:
+                    view = fixed_view(height, width)
+                pixels = view.pixels(image, resolution=resolution)
         except ContentError as error:
-            fault = Fault(error.kind, str(error))
-            return Sample(key=key, image=None, captions=(), fault=fault)
-        height, width = image.shape[1:]
-        if train:
-            view = random_view(height, width, augment=self._augment, key=seed)
-        else:
-            view = fixed_view(height, width)
+            fault = Fault(error.kind, str(error), shard, offset)
+            return Sample(key=key, image=None, captions=(), fault=fault, shard=shard, offset=offset)
         boxes = ((phrase, view.box(phrase.box)) for phrase in found.phrases)
         return Sample(
             key=key,
-            image=view.pixels(image, resolution=resolution),
+            image=pixels,
             captions=found.captions,
             phrases=tuple(
                 Phrase(text=phrase.text, box=box, caption=phrase.caption) for phrase, box in boxes if box
             ),
             label=found.label,
+            shard=shard,
+            offset=offset,
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index` without its pixels; none where they cannot be read."""
-        shard, entry, _ = self._find(index)
         try:
-            return _annotations(shard, entry).captions
+            return self._annotations(*self._find(index)).captions
         except ContentError:
             return ()
 
+    def prefetch(self, index: int) -> None:
+        """Begin to fetch the run of samples that holds `index`."""
+        number, row = self.manifest.locate(index)
+        self._store.prefetch(number, row, row + 1)
+
+    def samples_of(self, label: str) -> int | None:
+        """How many samples the shard of that label holds; None where there is none."""
+        shards = (self.manifest[number] for number in range(len(self.manifest)))
+        return next((shard.samples for shard in shards if shard.label == label), None)
+
     def close(self) -> None:
         """Close the shards; nothing can be read afterwards."""
-        for shard in self._shards:
-            shard.close()
+        self._store.close()
 
-    def _find(self, index: int) -> tuple[Shard, Entry, str]:
-        """The shard and entry at `index`, and the key that names them."""
-        assert 0 <= index < self._ends[-1], index
-        place = bisect_right(self._ends, index)
-        shard = self._shards[place]
-        entry = shard.entries[index - self._ends[place]]  # counted from the back
-        return shard, entry, f"{self._labels[place]}/{entry.key}"
+    def _find(self, index: int) -> tuple[int, Row]:
+        number, row = self.manifest.locate(index)
+        return number, self._store.table(number)[row]
+
+    def _annotations(self, number: int, row: Row) -> Annotations:
+        if row.fault:
+            raise ContentError(row.fault, kind="member")
+        parts = (row.text, row.record, row.number)
+        if not any(parts):
+            raise ContentError("no .txt, .json or .cls beside its image", kind="missing")
+        return annotated(*(part and self._bytes(number, part) for part in parts))
+
+    def _bytes(self, number: int, place: Place | None, missing: str = "") -> bytes:
+        if place is None:
+            raise ContentError(missing, kind="missing")
+        return self._store.read(number, place)
+
+    def _held(self) -> frozenset[Field]:
+        """What the first samples hold; one that cannot be read says so where it is met."""
+        held: set[Field] = set()
+        for index in range(min(_GLANCE, self.manifest.size)):
+            number, row = self._find(index)
+            if row.image:
+                held.add("image")
+            try:
+                found = self._annotations(number, row)
+            except ContentError:
+                continue
+            if found.captions:
+                held.add("text")
+            if found.phrases:
+                held.add("boxes")
+            if found.label is not None:
+                held.add("label")
+        return frozenset(held)
 
 
-def _annotations(shard: Shard, entry: Entry) -> Annotations:
-    if entry.fault:
-        raise ContentError(entry.fault, kind="member")
-
-    def bytes_of(member: Member | None) -> bytes | None:
-        return None if member is None else shard.read(member)
-
-    return annotated(bytes_of(entry.text), bytes_of(entry.record), bytes_of(entry.number))
-
-
-def _labels(paths: list[Path]) -> list[str]:
-    """Short names of shards that tell them apart: their paths from the directory they share."""
-    shared = os.path.commonpath([path.absolute().parent for path in paths])
-    return [path.absolute().relative_to(shared).as_posix() for path in paths]
-
-
-def _has_boxes(shard: Shard) -> bool:
-    """Whether any sample of a shard has phrases with boxes."""
-    for entry in shard.entries:
-        try:
-            if _annotations(shard, entry).phrases:
-                return True
-        except ContentError:
-            continue  # it will be masked, with this reason, where it is read
-    return False
-
-
-def _fingerprint(shards: list[Shard]) -> str:
-    """What tells one content from another: names, sizes and member tables, not the bytes themselves."""
-    digest = blake2b(digest_size=16)
-    for shard in shards:
-        table = [(member.name, member.offset, member.size) for member in shard.members]
-        digest.update(ascii((shard.path.name, shard.bytes, table)).encode())
-    return digest.hexdigest()
+_NOTHING = Annotations(captions=(), phrases=(), label=None)

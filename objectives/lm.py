@@ -1,4 +1,4 @@
-"""Captioning: the next token of a text, given the image and the tokens before it.
+"""Captioning: the next token of a text, given the tokens before it and its image, where it has one.
 
 N texts, T tokens, M scored tokens, Dt width.
 """
@@ -18,7 +18,8 @@ from objectives.base import DECODED, Encodings, Objective, Terms, Widths
 class LM(Objective):
     """Cross-entropy of every token after the start, end included, over the tokens of the global batch.
 
-    Padding, masked slots and texts without image are not scored.
+    Padding, masked slots and, among images, texts without one are not scored. A batch of texts alone is
+    language modelling with the same decoder.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class LM(Objective):
         smoothing: float = 0.0
         """Label smoothing (BLIP 0.1, CoCa 0)."""
 
-    needs: ClassVar[frozenset[Field]] = frozenset({"image", "text"})
+    needs: ClassVar[frozenset[Field]] = frozenset({"text"})
     passes = (DECODED,)
 
     def __init__(self, config: LM.Config, widths: Widths) -> None:
@@ -49,4 +50,6 @@ class LM(Objective):
 
 
 def _scored(batch: Batch) -> Tensor:
-    return batch.token_mask[:, 1:] & batch.pair_valid[:, None]
+    """(N, T-1) bool: tokens that are predicted."""
+    texts = batch.pair_valid if len(batch.images) else batch.text_valid
+    return batch.token_mask[:, 1:] & texts[:, None]

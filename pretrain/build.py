@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 
 from datasets.errors import UserError
-from datasets.source import Source
+from datasets.holding import GIVES
+from datasets.loader import Feed
+from datasets.source import Field
 from datasets.tokens import Tokenizer, TrainedBPE
 from objectives import kind_of, objective_class
 from objectives.base import Objective, Tower, Widths
@@ -24,49 +26,99 @@ from pretrain.zoo.vision import fitting
 _CAPTIONS_FOR_TOKENIZER = 20_000
 
 
-def check_fed(run: Run, source: Source) -> None:
-    """Refuse data that hold too little: too few samples, or not what an objective needs.
+def feeding(run: Run, feeds: Sequence[Feed]) -> dict[str, tuple[str, ...]]:
+    """Of each source, the objectives that see its batches: those it names, or all that it can feed.
 
     Raises:
-        UserError: names what there is and what is missing.
+        UserError: names an objective and what it needs, where a source or every source lacks it.
+    """
+    fed: dict[str, tuple[str, ...]] = {}
+    for feed in feeds:
+        named = run.sources[feed.name].objectives
+        for name in named:
+            _refuse_if_missing(run, name, feed)
+        fed[feed.name] = named or tuple(name for name in run.objectives if not _missing(run, name, feed))
+    for name in run.objectives:
+        if not any(name in names for names in fed.values()):
+            _refuse_if_missing(run, name, feeds[0])
+            raise UserError(f"no source feeds objective {name!r}: name it in a --sources.NAME.objectives")
+    for feed in feeds:
+        if not fed[feed.name]:
+            raise UserError(
+                f"no objective of this run can be fed with source {feed.name!r}, which gives "
+                f"{', '.join(sorted(GIVES[feed.holding.holds]))}: leave it out, or add an objective"
+            )
+    return fed
+
+
+def _missing(run: Run, objective: str, feed: Feed) -> frozenset[Field]:
+    return objective_class(kind_of(run.objectives[objective])).needs - GIVES[feed.holding.holds]
+
+
+def _refuse_if_missing(run: Run, objective: str, feed: Feed) -> None:
+    missing, gives = _missing(run, objective, feed), GIVES[feed.holding.holds]
+    if missing:
+        raise UserError(
+            f"objective {objective!r} needs {', '.join(sorted(missing))}, which {feed.source.name} does not "
+            f"give as {feed.holding.holds}: that gives {', '.join(sorted(gives))}"
+        )
+
+
+def check_size(run: Run, feeds: Sequence[Feed]) -> None:
+    """Refuse a source that is smaller than a batch: a sample would stand in it twice.
+
+    Raises:
+        UserError: names the source and both sizes.
     """
     largest = max(stage.batch for stage in run.stages.values())
-    if source.size is not None and source.size < largest:
-        raise UserError(
-            f"{source.name} has {source.size} samples, too few for one batch of {largest}: "
-            "choose a smaller batch or more data"
-        )
-    for name, config in run.objectives.items():
-        missing = objective_class(kind_of(config)).needs - source.fields
-        if missing:
+    for feed in feeds:
+        if feed.source.size is not None and feed.source.size < largest:
             raise UserError(
-                f"objective {name!r} needs {', '.join(sorted(missing))}, which {source.name} does not hold; "
-                f"it holds {', '.join(sorted(source.fields))}"
+                f"{feed.source.name} has {feed.source.size} samples, too few for one batch of {largest}: "
+                "choose a smaller batch or more data"
             )
 
 
-def build_tokenizer(run: Run, source: Source, rundir: RunDir, ranks: Ranks) -> Tokenizer:
+def build_tokenizer(run: Run, feeds: Sequence[Feed], rundir: RunDir, ranks: Ranks) -> Tokenizer:
     """The model's own tokenizer, or one trained on the data's captions and kept in the run directory."""
     own = own_tokenizer(run.model)
     if own is not None:
         return own
     assert isinstance(run.model, DualConfig)
     context_length = run.model.text.context_length
-    ranks.on_zero(lambda: _train_tokenizer(run, source, rundir, context_length))
+    ranks.on_zero(lambda: _train_tokenizer(run, feeds, rundir, context_length))
     return TrainedBPE.load(rundir.tokenizer)
 
 
-def _train_tokenizer(run: Run, source: Source, rundir: RunDir, context_length: int) -> None:
+def _train_tokenizer(run: Run, feeds: Sequence[Feed], rundir: RunDir, context_length: int) -> None:
     if rundir.tokenizer.exists():
         return
-    indices = range(_CAPTIONS_FOR_TOKENIZER if source.size is None else source.size)
-    captions = (caption for index in indices for caption in source.captions(index))
-    some = islice(captions, _CAPTIONS_FOR_TOKENIZER)
-    trained = TrainedBPE.train(some, vocabulary=run.vocabulary, context_length=context_length)
+    each = -(-_CAPTIONS_FOR_TOKENIZER // len(feeds))
+    captions = (caption for feed in feeds for caption in islice(_captions(feed), each))
+    trained = TrainedBPE.train(captions, vocabulary=run.vocabulary, context_length=context_length)
     trained.save(rundir.tokenizer)
 
 
-def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks, *, load: bool = True) -> Pretrainer:
+def _captions(feed: Feed) -> Iterator[str]:
+    """What a source has to say, in its own order."""
+    for index in range(_CAPTIONS_FOR_TOKENIZER if feed.source.size is None else feed.source.size):
+        if feed.holding.holds == "classes":
+            key = (0, 0, index)
+            fields: frozenset[Field] = frozenset({"label"})
+            sample = feed.source.read(index, seed=key, resolution=1, train=False, fields=fields)
+            yield from feed.holding(sample, key).captions
+        elif feed.holding.holds != "images":
+            yield from feed.source.captions(index)
+
+
+def build_pretrainer(
+    run: Run,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    *,
+    load: bool = True,
+    feeds: Mapping[str, Sequence[str]] | None = None,
+) -> Pretrainer:
     """Model and objectives with the weights that the run starts from, on this rank's device.
 
     Args:
@@ -74,6 +126,7 @@ def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks, *, load: bool
         tokenizer: the run's.
         ranks: where to.
         load: False leaves out the weights that the run names (`pretrained`): a checkpoint has its own.
+        feeds: of each source, the objectives that see its batches (`feeding`).
 
     Raises:
         UserError: the model cannot be built, or cannot give what an objective reads.
@@ -93,7 +146,7 @@ def build_pretrainer(run: Run, tokenizer: Tokenizer, ranks: Ranks, *, load: bool
         name: owner(run.objectives[name], widths_of(model, tokenizer, temperature=name == borrower))
         for name, owner in classes.items()
     }
-    pretrainer = Pretrainer(model, objectives, ranks.group)
+    pretrainer = Pretrainer(model, objectives, ranks.group, feeds=feeds)
     check_written(tokenizer, objectives)
     for stage in run.stages.values():
         try_resolution(model, stage.resolution)

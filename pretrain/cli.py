@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 from datasets.errors import UserError
+from datasets.sources import SourceConfig
 from objectives import kind_of, objective_class
 from objectives.base import Objective
 from pretrain import runfile
@@ -26,15 +27,19 @@ from pretrain.zoo.models import model_config, own_resolution
 
 _DESCRIPTION = """Pretrain with any mix of objectives.
 
-These four decide what else there is to set; all other flags are listed below, for this choice:
+These decide what else there is to set; all other flags are listed below, for this choice:
 
   --recipe NAME            a module of pretrain/recipes, NAME:small for its small version, or a path:
                            mine.py, RUN_DIR/run.yaml (default: laptop)
   --objectives itc,lm      what to minimise: KIND, KIND:WEIGHT or NAME=KIND, separated by commas
   --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model, also open_clip:PATH
+  --data [NAME=]WHERE      scenes (built in) or tar shards: a manifest, globs, brace ranges, with commas
+                           between; again with another NAME for a mixture, set by --sources.NAME.*
   --out RUN_DIR            where the run lives; the same command again goes on there
+  --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """
-_SHAPE = ("--recipe", "--objectives", "--model", "--out")
+_SHAPE = ("--recipe", "--objectives", "--model", "--data", "--out", "--allow-changed")
+_NAMED = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
 _RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -44,6 +49,8 @@ class Command:
 
     run: Run
     out: Path
+    allow_changed: bool = False
+    """Whether the run may go on where data, seed, batch or order are others than before."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -55,7 +62,8 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     shape = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in _SHAPE:
-        shape.add_argument(flag)
+        listed = {"--data": "append", "--allow-changed": "store_true"}
+        shape.add_argument(flag, action=listed.get(flag, "store"))
     chosen, leaves = shape.parse_known_args(arguments)
     for flag in (leaf.partition("=")[0] for leaf in leaves if leaf.startswith("--")):
         near = get_close_matches(flag, _SHAPE, n=1, cutoff=0.8)
@@ -69,11 +77,13 @@ def parse(arguments: Sequence[str]) -> Command:
         run = replace(run, stages=at_own_resolution(run))
     if chosen.objectives is not None:
         run = replace(run, objectives=parse_objectives(chosen.objectives, run.objectives))
+    if chosen.data:
+        run = replace(run, sources=parse_data(chosen.data, run.sources))
     run = tyro.cli(Run, default=run, args=leaves, prog="python -m pretrain.launch", description=_DESCRIPTION)
     run.check()
     title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
     out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
-    return Command(run=run, out=out)
+    return Command(run=run, out=out, allow_changed=chosen.allow_changed)
 
 
 def at_own_resolution(run: Run) -> dict[str, Stage]:
@@ -110,6 +120,20 @@ def load_recipe(name: str) -> Run:
         there = " and ".join(f"{name}()" for name in ("recipe", "small") if callable(found.get(name)))
         raise UserError(f"recipe {base} has no {function}() that returns a Run; it has {there or 'neither'}")
     return run
+
+
+def parse_data(given: Sequence[str], known: Mapping[str, SourceConfig]) -> dict[str, SourceConfig]:
+    """`WHERE` and `NAME=WHERE` as sources by name, with the settings that the recipe has for the name.
+
+    One without name takes that of the recipe's only source. Of one name the last counts.
+    """
+    only = next(iter(known)) if len(known) == 1 else "data"
+    chosen: dict[str, SourceConfig] = {}
+    for each in given:
+        match = _NAMED.fullmatch(each)
+        name, data = (match[1], match[2]) if match else (only, each)
+        chosen[name] = replace(known.get(name, SourceConfig()), data=data)
+    return chosen
 
 
 def parse_objectives(text: str, known: dict[str, Objective.Config]) -> dict[str, Objective.Config]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from datasets.errors import UserError
+from datasets.order import Shuffle
+from datasets.remote import Remote
+from datasets.sources import SourceConfig
 from datasets.views import Augment
+from datasets.weights import weight_at
 from objectives.base import Objective
 from pretrain.optim import Optim
 from pretrain.precision import Precision
+from pretrain.quarantine import Budget
 from pretrain.sinks.mirrored import Wandb
+from pretrain.step import Pool
 from pretrain.zoo.models import ModelConfig
 
 
@@ -79,12 +84,14 @@ class Eval:
 class Run:
     """Everything that decides a run. Written to RUN_DIR/run.yaml; `--recipe RUN_DIR/run.yaml` repeats it."""
 
-    data: str = "scenes"
-    """`scenes` (built in), or tar shards: globs or brace ranges, several sets separated by commas."""
+    sources: dict[str, SourceConfig] = field(default_factory=lambda: {"data": SourceConfig()})
+    """What is trained on, by name; --data chooses them."""
+    shuffle: Shuffle = field(default_factory=Shuffle)
+    """The order of samples."""
+    pool: Pool = "source"
+    """Whose samples are contrasted: those of one source, or of all that feed the objective."""
     val: str = ""
     """Data to evaluate on, written like --data; `scenes` has its own test sets."""
-    captions: Literal["one", "all"] = "one"
-    """Of a sample with several captions: one drawn each time, or all beside their one image."""
     augment: Augment = field(default_factory=Augment)
     """The random view of a photo; built-in scenes are never cropped or flipped."""
     vocabulary: int = 4096
@@ -105,6 +112,10 @@ class Run:
     """The copy in W&B."""
     loader_threads: int = 2
     """Threads of each rank that read and decode ahead."""
+    remote: Remote = field(default_factory=Remote)
+    """How shards of a network are fetched."""
+    bad: Budget = field(default_factory=Budget)
+    """How many samples may be unreadable before the run stops."""
     seed: int = 0
     """Key of the order, the views and the initial weights."""
 
@@ -114,8 +125,6 @@ class Run:
         Raises:
             UserError: one sentence that names the flag.
         """
-        if not self.data:
-            raise UserError("this recipe names no data: --data scenes, or --data 'shards/*.tar'")
         if not self.objectives:
             raise UserError("a run needs at least one objective: --objectives itc,lm")
         if not self.stages:
@@ -130,6 +139,9 @@ class Run:
             objective.check(f"--objectives.{name}")
         for name, stage in self.stages.items():
             stage.check(name)
+        self._check_sources()
+        self.remote.check()
+        self.bad.check()
         least = {
             "--cadence.report": (self.cadence.report, 1),
             "--cadence.checkpoint": (self.cadence.checkpoint, 1),
@@ -144,3 +156,29 @@ class Run:
         for flag, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{flag} is {value}; it must be at least {bound}")
+
+    def _check_sources(self) -> None:
+        if not self.sources:
+            raise UserError("this recipe names no data: --data scenes, or --data 'shards/*.tar'")
+        self.shuffle.check("--shuffle")
+        steps = {0}
+        for name, source in self.sources.items():
+            source.check(f"--sources.{name}")
+            unknown = [each for each in source.objectives if each not in self.objectives]
+            if unknown:
+                raise UserError(
+                    f"--sources.{name}.objectives names {unknown[0]!r}, which this run does not have; it has "
+                    f"{', '.join(self.objectives)}"
+                )
+            if not isinstance(source.weight, int | float):
+                steps |= {step for step, _ in source.weight}
+        for step in sorted(steps):  # between these, weights are straight lines
+            if not any(weight_at(source.weight, step) > 0 for source in self.sources.values()):
+                raise UserError(
+                    f"no source has a weight above zero at step {step}: raise a --sources.NAME.weight"
+                )
+
+    @property
+    def data(self) -> str:
+        """What is trained on, in one line."""
+        return ",".join(source.data for source in self.sources.values())

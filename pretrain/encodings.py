@@ -79,9 +79,11 @@ class ModelEncodings:
             _seed_tower(key)
             return model.encode_text(batch.tokens, batch.text_length)
         assert model.captioner is not None
-        # A text without image has index -1 and is never scored: any image will do for its row.
-        image_tokens = self[Pass("image_tokens", image=image_view, text="none")]
-        context = image_tokens[batch.image_index.clamp(min=0)]
+        context = None
+        if len(batch.images):
+            # A text without image among others has index -1 and is never scored: any image will do.
+            image_tokens = self[Pass("image_tokens", image=image_view, text="none")]
+            context = image_tokens[batch.image_index.clamp(min=0)]
         # The text tower is causal wherever its states are read, so the last token is in none but its own.
         states = Pass("text_tokens", image="none", text=text_view)
         text = self[states] if model.captioner.reads_states else batch.tokens

@@ -16,22 +16,23 @@ from contextlib import ExitStack
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from datasets.errors import UserError
-from datasets.source import Source
-from datasets.sources import open_source
 from pretrain import checkpoint, runfile
-from pretrain.build import build_pretrainer, build_tokenizer, check_fed
+from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
+from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.finish import is_finished, show
 from pretrain.ledger import Ledger
+from pretrain.lineage import changes, keep, known
 from pretrain.loop import rehearsal, train
 from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
 from pretrain.preempt import Preemption
+from pretrain.quarantine import Quarantine
 from pretrain.rundir import RunDir, open_run, record
 from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
@@ -67,17 +68,14 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     """Build what the run describes, train it, and judge it."""
     run, curriculum = command.run, Curriculum(command.run.stages)
     with ExitStack() as stack:
-        source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
-        shards = run.val not in ("", "scenes")
-        val = open_source(run.val, seed=run.seed, split="test", augment=run.augment) if shards else None
-        check_fed(run, source)
+        data = open_data(run)
         rundir = RunDir(command.out)
-        ranks.on_zero(lambda: _claim(command, stack))
+        changed = ranks.on_zero(lambda: _claim(command, stack))
         if is_finished(rundir, curriculum):
             if ranks.zero:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
-        training = build(command, curriculum, source, val, rundir, ranks, stack)
+        training = build(command, curriculum, data, rundir, ranks, stack, changed=changed)
         during.check(training)
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None
@@ -97,34 +95,48 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
 def build(
     command: Command,
     curriculum: Curriculum,
-    source: Source,
-    val: Source | None,
+    data: Data,
     rundir: RunDir,
     ranks: Ranks,
     stack: ExitStack,
+    *,
+    changed: Sequence[str],
 ) -> Training:
     """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
     run = command.run
     compute = compute_for(run.precision, ranks.device)
-    tokenizer = build_tokenizer(run, source, rundir, ranks)
+    tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
-    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None)
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives)
     optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
-    standing = Standing(data=source.fingerprint, tokenizer=tokenizer.fingerprint)
+    standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
         saved = found.load()
-        standing = standing.resumed(saved.state, curriculum)
+        before, now = Standing.of(saved.state), standing
+        allowed = command.allow_changed
+        standing = now.resumed(before, curriculum, allowed=allowed)
+        changed = [
+            *changed,
+            *ranks.on_zero(lambda: changes(data.feeds, before, now, rundir, allowed=allowed)),
+        ]
         restore(saved.tensors, pretrainer, optimizer)
     # Only now is it known that these budgets fit what was trained.
-    ranks.on_zero(lambda: record(rundir, runfile.dump(run), identity=runfile.identity(run)))
+    ranks.on_zero(lambda: _record(command, data, rundir))
 
-    sink, ledger, starts = Fanout(), None, Starts(restarts=0, lost_steps=0)
+    sink, ledger, quarantine, starts = Fanout(), None, None, Starts(restarts=0, lost_steps=0)
     if ranks.zero:
+        quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
+        stack.callback(quarantine.close)
         ledger = Ledger(rundir.ledger, ranks=ranks.world)
         stack.callback(ledger.close)
         starts = record_start(
-            rundir.starts, step=standing.step, done=ledger.done, ranks=ranks.world, device=ranks.device.type
+            rundir.starts,
+            step=standing.step,
+            done=ledger.done,
+            ranks=ranks.world,
+            device=ranks.device.type,
+            changed=changed,
         )
         screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
         sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
@@ -132,13 +144,14 @@ def build(
             sinks.append(Mirrored(rundir, say=screen.note))
         sink = Fanout(sinks)
     stack.callback(sink.close)
-    for message in [*messages, *introduction(command, curriculum, standing)]:
+    allowed_changes = [f"allowed: {words}" for words in changed]
+    for message in [*messages, *allowed_changes, *introduction(command, curriculum, standing)]:
         sink.note(message)
 
     return Training(
         run=run,
-        source=source,
-        val=val,
+        feeds=data.feeds,
+        val=data.val,
         tokenizer=tokenizer,
         pretrainer=pretrainer,
         wrapped=wrap(pretrainer, ranks),
@@ -151,14 +164,28 @@ def build(
         ledger=ledger,
         standing=standing,
         starts=starts,
+        quarantine=quarantine,
+        meter=data.meter,
     )
 
 
-def _claim(command: Command, stack: ExitStack) -> None:
-    """Make the run directory ours, until the stack is left."""
+def _claim(command: Command, stack: ExitStack) -> list[str]:
+    """Make the run directory ours, until the stack is left; in which settings it was another run's."""
     run = command.run
-    identity, budgets = runfile.identity(run), runfile.BUDGETS
-    stack.enter_context(open_run(command.out, runfile.dump(run), identity=identity, budgets=budgets))
+    opened = open_run(
+        command.out,
+        runfile.dump(run),
+        identity=runfile.identity(run),
+        budgets=runfile.BUDGETS,
+        changeable=runfile.CHANGEABLE,
+        allow_changed=command.allow_changed,
+    )
+    return list(stack.enter_context(opened).changed)
+
+
+def _record(command: Command, data: Data, rundir: RunDir) -> None:
+    record(rundir, runfile.dump(command.run), identity=runfile.identity(command.run))
+    keep(data.feeds, rundir)
 
 
 def introduction(command: Command, curriculum: Curriculum, standing: Standing) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from datasets.batch import Batch
 from datasets.errors import UserError
-from datasets.loader import Loader, Masked
+from datasets.loader import Loader, Masked, Portion
 from datasets.weights import weight_at
 from objectives.gather import count_rows
 from pretrain import checkpoint
@@ -28,7 +29,7 @@ from pretrain.evaluate import during
 from pretrain.optim import set_rate
 from pretrain.preempt import Preemption
 from pretrain.state import capture
-from pretrain.step import Agreed, agree, backward, train_step
+from pretrain.step import Agreed, StepReport, agree, backward, train_step
 from pretrain.training import Training
 
 
@@ -38,7 +39,7 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
         during.evaluate(training)  # the process ended before it had
     for stretch, first in training.curriculum.from_step(training.standing.step):
         loader = _loader(training, stretch)
-        portions = loader.steps(first - stretch.first, stretch.stage.steps, position=stretch.position)
+        portions = loader.steps(first, stretch.last, accounts=training.standing.accounts)
         with closing(portions):
             for step in range(first, stretch.last):
                 with training.clock.waiting():
@@ -49,8 +50,9 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 if agreed.stop:
                     save(training)
                     return "interrupted"
-                _name_masked(training, portion.masked, agreed, stretch)
-                _one_step(training, stretch, step, batches, agreed)
+                faults = _set_aside(training, portion.masked, agreed, stretch)
+                _one_step(training, stretch, portion, batches, agreed)
+                _advance(training, stretch, portion, faults)
 
                 # Once in a while.
                 done = step + 1
@@ -70,7 +72,7 @@ def rehearsal(training: Training) -> Callable[[], None]:
 
     @cache
     def first_batches() -> list[Batch]:
-        (portion,) = _loader(training, stretch).steps(0, 1, position=stretch.position)
+        (portion,) = _loader(training, stretch).steps(0, 1)
         return [batch.to(training.ranks.device) for batch in portion.batches]
 
     def step() -> None:
@@ -86,7 +88,7 @@ def rehearsal(training: Training) -> Callable[[], None]:
 def _loader(training: Training, stretch: Stretch) -> Loader:
     run, ranks = training.run, training.ranks
     return Loader(
-        training.source,
+        training.feeds,
         training.tokenizer,
         seed=run.seed,
         batch=stretch.stage.batch,
@@ -96,14 +98,15 @@ def _loader(training: Training, stretch: Stretch) -> Loader:
         resolution=stretch.stage.resolution,
         train=True,
         threads=run.loader_threads,
-        captions=run.captions,
+        shuffle=run.shuffle,
+        meter=training.meter,
     )
 
 
 def _one_step(
-    training: Training, stretch: Stretch, step: int, batches: Sequence[Batch], agreed: Agreed
+    training: Training, stretch: Stretch, portion: Portion, batches: Sequence[Batch], agreed: Agreed
 ) -> None:
-    run, stage, ranks = training.run, stretch.stage, training.ranks
+    run, stage, ranks, step = training.run, stretch.stage, training.ranks, portion.step
     set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
     done = train_step(
         training.wrapped,
@@ -116,15 +119,22 @@ def _one_step(
         ranks=ranks,
         seed=run.seed,
         step=step,
+        pool=run.pool,
     )
     training.pending.append((step + 1, _sample_ids(batches, ranks), done))
+
+
+def _advance(training: Training, stretch: Stretch, portion: Portion, faults: Counter[str]) -> None:
+    """The step is done: what it used is used."""
+    standing = training.standing
     training.standing = replace(
-        training.standing,
-        step=step + 1,
-        position=stretch.position_at(step + 1),
-        masked=training.standing.masked + agreed.masked,
+        standing,
+        step=portion.step + 1,
+        samples=standing.samples + stretch.stage.batch,
+        accounts=dict(portion.accounts),
+        masked=dict(Counter(standing.masked) + faults),
     )
-    training.clock.step(stage.batch)
+    training.clock.step(stretch.stage.batch)
 
 
 def report(training: Training, stretch: Stretch) -> None:
@@ -148,12 +158,14 @@ def report(training: Training, stretch: Stretch) -> None:
     if not pending:
         return
     step, _, done = pending[-1]
-    reading = training.clock.read(remaining=training.curriculum.samples - training.standing.position)
+    standing = training.standing
+    left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
+    reading = training.clock.read(remaining=left)
     training.sink.step(
         step,
         {
-            "samples": training.standing.position,
-            **{f"train/{at}": mean(float(each.values[at]) for _, _, each in pending) for at in done.values},
+            "samples": standing.samples,
+            **_means(pending),
             "train/lr": training.optimizer.param_groups[0]["lr"],
             "model/gradient_norm": mean(float(each.norm) for _, _, each in pending),
             **{
@@ -169,9 +181,19 @@ def report(training: Training, stretch: Stretch) -> None:
             "perf/memory_gib": peak_memory(training.ranks.device),
             "perf/restarts": training.starts.restarts,
             "perf/lost_steps": training.starts.lost_steps,
-            "data/masked": training.standing.masked,
+            "data/masked": sum(standing.masked.values()),
+            **{f"data/masked/{kind}": count for kind, count in standing.masked.items()},
         },
     )
+
+
+def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:
+    """Each value over the steps that have one: an objective is not fed in every step of a mixture."""
+    values: dict[str, list[float]] = {}
+    for _, _, done in pending:
+        for at, value in done.values.items():
+            values.setdefault(f"train/{at}", []).append(float(value))
+    return {at: mean(each) for at, each in values.items()}
 
 
 def save(training: Training) -> None:
@@ -179,8 +201,9 @@ def save(training: Training) -> None:
     report(training, training.curriculum.stretch_of(max(0, training.standing.step - 1)))
     if training.ranks.zero:
         with training.clock.pause():
-            if training.ledger is not None:
-                training.ledger.flush()
+            for file in (training.ledger, training.quarantine):
+                if file is not None:
+                    file.flush()
             folder, step = training.rundir.checkpoints, training.standing.step
             tensors = capture(training.pretrainer, training.optimizer)
             checkpoint.save(folder, step, tensors, training.standing.plain())
@@ -188,33 +211,52 @@ def save(training: Training) -> None:
     training.ranks.wait()
 
 
-def _name_masked(training: Training, masked: Sequence[Masked], agreed: Agreed, stretch: Stretch) -> None:
-    """Say once of each sample that cannot be read which one it is and why.
+def _set_aside(
+    training: Training, masked: Sequence[Masked], agreed: Agreed, stretch: Stretch
+) -> Counter[str]:
+    """Record the samples of a step that cannot be read; how many there are of each kind.
 
     Raises:
-        UserError: not one sample of the step can be read; that is no matter of bad samples.
+        UserError: there are more than the budgets allow, or not one of the step can be read. What was
+            trained is saved.
     """
     if agreed.masked == 0:
-        return
-    everyone: list[list[tuple[str, str]]] = [[(one.key, one.reason) for one in masked]]
+        return Counter()
+    everyone: list[Sequence[Masked]] = [masked]
     if training.ranks.group is not None:
-        mine = everyone[0]
         everyone = [[] for _ in range(training.ranks.world)]
-        dist.all_gather_object(everyone, mine, group=training.ranks.group)
-    for key, reason in (pair for each in everyone for pair in each):
-        if key not in training.named:
-            training.named.add(key)
-            training.sink.note(f"masked sample {key}: {reason}")
+        dist.all_gather_object(everyone, masked, group=training.ranks.group)
+    all_masked = [one for each in everyone for one in each]
+    verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked))
     if agreed.masked == stretch.stage.batch:
-        key, reason = next(pair for each in everyone for pair in each)
-        raise UserError(f"not one sample of a whole batch can be read ({key}: {reason}): check --data")
+        one = all_masked[0]
+        verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
+    if verdict is not None:
+        save(training)
+        training.ranks.on_zero(lambda: _stop(verdict))
+    return Counter(one.fault.kind for one in all_masked)
+
+
+def _verdict(training: Training, masked: Sequence[Masked]) -> str | None:
+    """Put samples on the list and say so; the reason to stop, if there are too many."""
+    assert training.quarantine is not None
+    for sentence in training.quarantine.add(masked, step=training.standing.step):
+        training.sink.note(sentence)
+    return training.quarantine.verdict(training.standing.samples)
+
+
+def _stop(reason: str) -> None:
+    raise UserError(reason)
 
 
 def _sample_ids(batches: Sequence[Batch], ranks: Ranks) -> Tensor:
-    """(G,) int64 hashes of the keys of the global batch, in order."""
-    keys = [key for batch in batches for key in batch.keys]
-    hashes = [
-        int.from_bytes(hashlib.blake2b(k.encode(), digest_size=8).digest(), "little") >> 1 for k in keys
-    ]
-    ids = torch.tensor(hashes, dtype=torch.int64, device=ranks.device)
-    return count_rows(len(ids), ranks.group, ranks.device).gather(ids)
+    """(G,) int64 hashes of the keys of the global batch, in order: source by source, as on one rank."""
+    parts: list[Tensor] = []
+    for source in dict.fromkeys(batch.source for batch in batches):
+        keys = [key for batch in batches if batch.source == source for key in batch.keys]
+        hashes = [
+            int.from_bytes(hashlib.blake2b(k.encode(), digest_size=8).digest(), "little") >> 1 for k in keys
+        ]
+        ids = torch.tensor(hashes, dtype=torch.int64, device=ranks.device)
+        parts.append(count_rows(len(ids), ranks.group, ranks.device).gather(ids))
+    return torch.cat(parts)

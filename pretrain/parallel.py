@@ -14,7 +14,7 @@ from pretrain.step import Wrapped
 def wrap(pretrainer: Pretrainer, ranks: Ranks) -> Wrapped:
     """DDP over the ranks; nothing for one.
 
-    A batch need not reach every parameter (a step without text, a pooling head that only contrast reads),
+    A batch need not reach every parameter (a source without images, a pooling head that only contrast reads),
     so unused ones must be found; buffers are constants and are not sent.
     """
     if ranks.group is None:

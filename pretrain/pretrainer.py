@@ -19,11 +19,10 @@ from objectives.base import Objective, Pass, Terms
 from pretrain.encodings import ModelEncodings
 from pretrain.zoo.dual import Dual, check_served
 
-Phase = Literal["whole", "encode", "couple", "push"]
-"""whole: every objective on this micro-batch alone is the truth.
-encode: only the passes of coupled objectives, no gradient.
-couple: the coupled objectives on all micro-batches' encodings together.
-push: the other objectives, and the coupled gradients sent on through the encoders."""
+Phase = Literal["encode", "couple", "push"]
+"""encode: only the passes of coupled objectives, no gradient.
+couple: coupled objectives on the encodings of several micro-batches together.
+push: objectives to which this micro-batch alone is the truth, and the gradients that `couple` gave."""
 
 
 @dataclass(slots=True)
@@ -40,19 +39,36 @@ class Pretrainer(nn.Module):
     """The joint forward of all objectives over one shared set of encoders."""
 
     def __init__(
-        self, model: Dual, objectives: Mapping[str, Objective], group: ProcessGroup | None = None
+        self,
+        model: Dual,
+        objectives: Mapping[str, Objective],
+        group: ProcessGroup | None = None,
+        *,
+        feeds: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """Join them.
+
+        Args:
+            model: the encoders.
+            objectives: by name.
+            group: the ranks that share the global batch.
+            feeds: of each source, the objectives that see its batches; by default every one sees all.
+        """
         super().__init__()
+        self._feeds = feeds
         for name, objective in objectives.items():
             check_served(model.gives(), name, objective.passes)
         self.model = model
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
         self.group = group
 
-    @property
-    def coupled(self) -> tuple[Pass, ...]:
-        """The passes through which samples of a batch see each other, of all objectives, each once."""
-        return tuple(dict.fromkeys(wanted for o in self.objectives.values() for wanted in o.coupled))
+    def fed_by(self, source: str) -> list[str]:
+        """The objectives that see the batches of a source."""
+        return [name for name in self.objectives if self._feeds is None or name in self._feeds[source]]
+
+    def coupled(self, names: Sequence[str]) -> tuple[Pass, ...]:
+        """The passes through which samples of a batch see each other, of these objectives, each once."""
+        return tuple(dict.fromkeys(wanted for name in names for wanted in self.objectives[name].coupled))
 
     def coupled_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that coupled objectives read beside the encodings: temperatures and heads."""
@@ -69,6 +85,7 @@ class Pretrainer(nn.Module):
         batch: Batch,
         *,
         phase: Phase,
+        names: Sequence[str],
         factors: Mapping[str, Tensor],
         seed: tuple[int, ...],
         given: Mapping[Pass, Tensor] | None = None,
@@ -77,11 +94,12 @@ class Pretrainer(nn.Module):
         """One phase over one micro-batch.
 
         Args:
-            batch: the micro-batch; of `couple`, the joined step (see `join`).
+            batch: the micro-batch; of `couple`, several joined (see `join`).
             phase: see Phase.
+            names: the objectives it is about.
             factors: () weight / global count of each objective.
             seed: key of this micro-batch's dropout and its like.
-            given: of `couple`, the encodings of the joined step; of `push`, their gradients for this
+            given: of `couple`, the encodings of the joined batches; of `push`, their gradients for this
                 micro-batch.
             pull: of `push`, once a step: the gradients that `couple` gave to parameters of its own, by name.
 
@@ -90,16 +108,12 @@ class Pretrainer(nn.Module):
         """
         if phase == "encode":
             encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
-            return {wanted: encodings[wanted] for wanted in self.coupled}
+            return {wanted: encodings[wanted] for wanted in self.coupled(names)}
         if phase == "couple":
             encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed, given=given)
-            return self._sum(encodings, batch, factors, [n for n, o in self.objectives.items() if o.coupled])
+            return self._sum(encodings, batch, factors, names)
         encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
-        if phase == "whole":
-            return self._sum(encodings, batch, factors, list(self.objectives))
-        outcome = self._sum(
-            encodings, batch, factors, [n for n, o in self.objectives.items() if not o.coupled]
-        )
+        outcome = self._sum(encodings, batch, factors, names)
         # A term whose gradient is the known one: the wrapper sees every parameter inside its forward.
         for wanted, gradient in (given or {}).items():
             outcome.total = outcome.total + (encodings[wanted] * gradient).sum()
@@ -109,7 +123,7 @@ class Pretrainer(nn.Module):
         return outcome
 
     def _sum(
-        self, encodings: ModelEncodings, batch: Batch, factors: Mapping[str, Tensor], names: list[str]
+        self, encodings: ModelEncodings, batch: Batch, factors: Mapping[str, Tensor], names: Sequence[str]
     ) -> Outcome:
         terms = {name: self.objectives[name](encodings, batch) for name in names}
         total = self.model.logit_scale.new_zeros(())
@@ -125,7 +139,7 @@ class Pretrainer(nn.Module):
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """All micro-batches of a step as one batch, for what couples them. Pixels and words stay behind.
+    """Several micro-batches of a step as one batch, for what couples them. Pixels and words stay behind.
 
     A coupled objective reads encodings, lengths and identities; carrying the images along would double
     the memory that micro-batches were chosen to save.
@@ -148,5 +162,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         image_index=torch.cat(shifted),
         text_valid=together("text_valid"),
         text_id=together("text_id"),
+        boxes=together("boxes"),
+        box_valid=together("box_valid"),
         keys=tuple(key for batch in batches for key in batch.keys),
     )

@@ -4,11 +4,13 @@ RUN_DIR/
     run.yaml        the resolved run; its first line is a comment with the identity
     lock            held, with the process's id inside, while it trains
     metrics.jsonl   ledger   starts.jsonl   tokenizer.json   threads
+    quarantine.jsonl   manifests/
     checkpoints/   plots/   samples/   evaluations/   wandb/   report.html
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import re
@@ -31,11 +33,23 @@ class RunDir:
 
     root: Path
     lock: TextIO | None = None
+    changed: tuple[str, ...] = ()
+    """In which settings it was another run's, where that was allowed."""
 
     @property
     def checkpoints(self) -> Path:
         """Directory of step-NNNNNNNN directories."""
         return self.root / "checkpoints"
+
+    @property
+    def manifests(self) -> Path:
+        """Directory of the manifests that the run was last started with."""
+        return self.root / "manifests"
+
+    @property
+    def quarantine(self) -> Path:
+        """One JSON object per sample that could not be read."""
+        return self.root / "quarantine.jsonl"
 
     @property
     def plots(self) -> Path:
@@ -104,7 +118,15 @@ class RunDir:
             self.lock.close()
 
 
-def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str] = ()) -> RunDir:
+def open_run(
+    out: Path,
+    run_yaml: str,
+    *,
+    identity: str,
+    budgets: Collection[str] = (),
+    changeable: Collection[str] = (),
+    allow_changed: bool = False,
+) -> RunDir:
     """Create or reopen the directory of a run and hold its lock until the result is left or the process dies.
 
     `run.yaml` is written on first use; what other budgets mean is for the caller to accept (`record`).
@@ -114,6 +136,8 @@ def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str
         run_yaml: the resolved run, as YAML.
         identity: hash of the resolved run without its budgets, one word.
         budgets: top-level keys of `run_yaml` that the identity leaves out.
+        changeable: top-level keys that weights and moments do not hang on.
+        allow_changed: whether these may differ from what the directory belongs to.
 
     Raises:
         UserError: it cannot be written, another process trains in it, or it belongs to another run.
@@ -122,7 +146,7 @@ def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str
         out.mkdir(parents=True, exist_ok=True)
         run = RunDir(out, _locked(out))
         try:
-            before = _belongs(run, run_yaml, identity, budgets)
+            before, changed = _belongs(run, run_yaml, identity, budgets, changeable, allow_changed)
             if before is None:
                 record(run, run_yaml, identity=identity)
         except BaseException:
@@ -133,7 +157,7 @@ def open_run(out: Path, run_yaml: str, *, identity: str, budgets: Collection[str
         raise UserError(
             f"the run directory {out} cannot be written ({reason}): choose another --out"
         ) from error
-    return run
+    return dataclasses.replace(run, changed=tuple(changed))
 
 
 def record(run: RunDir, run_yaml: str, *, identity: str) -> None:
@@ -159,14 +183,21 @@ def _locked(out: Path) -> TextIO:
     return lock
 
 
-def _belongs(run: RunDir, run_yaml: str, identity: str, budgets: Collection[str]) -> str | None:
-    """Refuse the directory of another run; return the text of its run.yaml, or None on first use."""
+def _belongs(
+    run: RunDir,
+    run_yaml: str,
+    identity: str,
+    budgets: Collection[str],
+    changeable: Collection[str],
+    allow_changed: bool,
+) -> tuple[str | None, list[str]]:
+    """Refuse the directory of another run; its run.yaml, or None on first use, and how it differs."""
     if not run.run_yaml.exists():
         if run.checkpoints.exists():
             raise UserError(
                 f"{run.root} holds checkpoints but no run.yaml that says of which run: choose another --out"
             )
-        return None
+        return None, []
     before = run.run_yaml.read_text()
     match = _IDENTITY.match(before)
     if match is None:
@@ -177,28 +208,36 @@ def _belongs(run: RunDir, run_yaml: str, identity: str, budgets: Collection[str]
         # Nothing was trained: a mistake was being mended, and what it left is no one's.
         for leftover in (run.tokenizer, run.threads, run.metrics, run.starts):
             leftover.unlink(missing_ok=True)
-        return None
-    if match[1] != identity:
-        differences = _differences(yaml.safe_load(before), yaml.safe_load(run_yaml), budgets)
-        which = f", which differs in {'; '.join(differences)}" if differences else ""
-        raise UserError(f"{run.root} belongs to another run{which}: choose another --out")
-    return before
+        return None, []
+    if match[1] == identity:
+        return before, []
+    differences = _differences(yaml.safe_load(before), yaml.safe_load(run_yaml), budgets)
+    fixed = [words for key, words in differences if key.split(".")[0] not in changeable]
+    named = [words for _, words in differences]
+    if allow_changed and not fixed:
+        return before, named
+    which = f", which differs in {'; '.join(_few(fixed or named))}" if named else ""
+    way = ", or go on in spite of it with --allow-changed" if named and not fixed else ""
+    raise UserError(f"{run.root} belongs to another run{which}: choose another --out{way}")
 
 
 def _has_content(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _differences(there: Any, here: Any, budgets: Collection[str], *, limit: int = 3) -> list[str]:
+def _differences(there: Any, here: Any, budgets: Collection[str]) -> list[tuple[str, str]]:
+    """Keys, and in words what they hold there and here."""
     old, new = dict(leaves(there)), dict(leaves(here))
-    keys = [
-        key
+    return [
+        (key, f"{key} ({old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here)")
         for key in {**old, **new}
         if key.split(".")[0] not in budgets
         and not key.endswith(".steps")
         and old.get(key, "nothing") != new.get(key, "nothing")
     ]
-    named = [f"{key} ({old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here)" for key in keys]
+
+
+def _few(named: list[str], *, limit: int = 3) -> list[str]:
     return [*named[:limit], f"and {len(named) - limit} more"] if len(named) > limit else named
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ class Start:
     """Steps that had been done beyond it, and are done again."""
     ranks: int
     device: str
+    changed: tuple[str, ...] = ()
+    """What was allowed to be other than before (--allow-changed), in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,9 @@ class Starts:
     """Steps that were done twice, over all of them."""
 
 
-def record_start(path: Path, *, step: int, done: int, ranks: int, device: str) -> Starts:
+def record_start(
+    path: Path, *, step: int, done: int, ranks: int, device: str, changed: Sequence[str] = ()
+) -> Starts:
     """Append this start and sum up all of them.
 
     Args:
@@ -42,8 +46,16 @@ def record_start(path: Path, *, step: int, done: int, ranks: int, device: str) -
         done: the last step that was ever done.
         ranks: processes that train together.
         device: the kind of device they train on.
+        changed: what was allowed to be other than before, in words.
     """
-    start = Start(time=round(time.time(), 3), step=step, lost=max(0, done - step), ranks=ranks, device=device)
+    start = Start(
+        time=round(time.time(), 3),
+        step=step,
+        lost=max(0, done - step),
+        ranks=ranks,
+        device=device,
+        changed=tuple(changed),
+    )
     with path.open("a+b", buffering=0) as file:
         file.seek(0)
         # A line torn by a crash is closed first, so that it costs no more than itself.

@@ -6,13 +6,15 @@ Orders, views, dropout and learning rates are functions of the step, so there is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets.errors import UserError
+from datasets.mixture import Account
+from datasets.order import VERSION
 from pretrain.curriculum import Curriculum
 from pretrain.pretrainer import Pretrainer
 
@@ -20,45 +22,91 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What tells a source from another."""
+
+    fingerprint: str
+    size: int | None
+    """Samples in an epoch; None for a source without end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """Where a run stands, beside its tensors."""
 
-    data: str
-    """Fingerprint of the data."""
+    data: Mapping[str, Known]
+    """What each source is."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
+    order: int = VERSION
+    """Of the function that says which sample stands where."""
     step: int = 0
     """Optimizer steps done."""
-    position: int = 0
-    """Samples of the data used."""
-    masked: int = 0
-    """Samples that could not be read so far, counted each time."""
+    samples: int = 0
+    """Samples used, of all sources together."""
+    shift: int = 0
+    """What `samples` is beyond the steps of these stages, after a change that was allowed."""
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    """Where each source stands."""
+    masked: Mapping[str, int] = field(default_factory=dict)
+    """Samples that could not be read so far, counted each time, by kind."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
-    def resumed(self, saved: Mapping[str, Any], curriculum: Curriculum) -> Standing:
-        """Where a checkpoint stands.
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Standing:
+        """What `plain` wrote.
 
         Raises:
-            UserError: it is of other data, of another tokenizer, or at a place that these stages do not
-                have; names what changed.
+            UserError: it was written by a release that remembered other things.
         """
-        before = Standing(**saved)
-        if before.step > curriculum.steps or curriculum.samples_at(before.step) != before.position:
-            raise UserError(
-                f"the checkpoint of step {before.step} has used {before.position} samples, which does not "
-                "fit these stages: give the finished ones their old --stages.NAME.steps, or use another --out"
+        try:
+            return cls(
+                **{
+                    **saved,
+                    "data": {name: Known(**known) for name, known in saved["data"].items()},
+                    "accounts": {name: Account(**account) for name, account in saved["accounts"].items()},
+                }
             )
-        for key in ("data", "tokenizer"):
-            then, now = getattr(before, key), getattr(self, key)
-            if then != now:
-                raise UserError(
-                    f"the {key} has changed since the checkpoint of step {before.step} "
-                    f"({then[:12]} then, {now[:12]} now): bring it back, or choose another --out"
-                )
-        return before
+        except (TypeError, AttributeError, KeyError) as error:
+            raise UserError(
+                "the checkpoint was written by another release, which remembered other things: go on with "
+                "that release, or choose another --out"
+            ) from error
+
+    def resumed(self, before: Standing, curriculum: Curriculum, *, allowed: bool = False) -> Standing:
+        """Where a checkpoint stands, with the data that are here now.
+
+        Args:
+            before: what the checkpoint says.
+            curriculum: the stages to go on with.
+            allowed: whether data and stages may differ from what was trained.
+
+        Raises:
+            UserError: it is of another tokenizer or, unless allowed, of another order, or at a place that
+                these stages do not have.
+        """
+        if before.tokenizer != self.tokenizer:
+            raise UserError(
+                f"the tokenizer has changed since the checkpoint of step {before.step} "
+                f"({before.tokenizer[:12]} then, {self.tokenizer[:12]} now): bring it back, or choose "
+                "another --out"
+            )
+        if before.step > curriculum.steps:
+            raise UserError(_ELSEWHERE.format(before.step, before.samples))
+        shift = before.samples - curriculum.samples_at(before.step)
+        if shift != before.shift and not allowed:
+            raise UserError(_ELSEWHERE.format(before.step, before.samples))
+        accounts = {name: before.accounts.get(name, Account()) for name in self.data}
+        return replace(before, data=self.data, order=self.order, accounts=accounts, shift=shift)
+
+
+_ELSEWHERE = (
+    "the checkpoint of step {} has used {} samples, which does not fit these stages: give the finished ones "
+    "their old --stages.NAME.steps, or use another --out"
+)
 
 
 def capture(pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> Tensors:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from pretrain.precision import Compute
 from pretrain.pretrainer import Outcome, Pretrainer, join
 
 Wrapped = Pretrainer | DistributedDataParallel
+Pool = Literal["source", "all"]
+"""Whose samples are contrasted: those of one source, or of all that feed the objective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ def train_step(
     ranks: Ranks,
     seed: int,
     step: int,
+    pool: Pool = "source",
 ) -> StepReport:
     """One step over this rank's micro-batches.
 
@@ -64,13 +68,15 @@ def train_step(
         ranks: who we are.
         seed: of the run; with the step, the key of dropout and its like.
         step: optimizer steps done before this one.
+        pool: whose samples are contrasted.
     """
     pretrainer = _inside(wrapped)
     for objective in pretrainer.objectives.values():
         objective.before(step)
     optimizer.zero_grad(set_to_none=True)
     factors = {name: weights[name] * ranks.world / count.clamp(min=1) for name, count in counts.items()}
-    sums = backward(wrapped, batches, factors, compute=compute, seed=(seed, step, ranks.rank))
+    seed_here = (seed, step, ranks.rank)
+    sums = backward(wrapped, batches, factors, compute=compute, seed=seed_here, pool=pool)
     norm, norms = _clip(pretrainer, clip)
     optimizer.step()
     pretrainer.clamp()
@@ -113,15 +119,19 @@ def agree(wrapped: Wrapped, batches: Sequence[Batch], ranks: Ranks, *, stop: boo
     """Add up the units of each objective, and with them whatever else all ranks must act on together.
 
     One all-reduce, before the first backward. A signal to stop travels here because this sum happens once
-    a step on every rank, so that all of them save at the same step.
+    a step on every rank, so that all of them save at the same step. Sources that feed one objective pool
+    into one mean.
     """
-    objectives = _inside(wrapped).objectives
-    local = [torch.stack([o.denominator(batch) for batch in batches]).sum() for o in objectives.values()]
+    pretrainer = _inside(wrapped)
+    local = dict.fromkeys(pretrainer.objectives, torch.zeros((), dtype=torch.float64, device=ranks.device))
+    for batch in batches:
+        for name in pretrainer.fed_by(batch.source):
+            local[name] = local[name] + pretrainer.objectives[name].denominator(batch)
     extra = torch.tensor([float(stop), float(masked)], dtype=torch.float64, device=ranks.device)
-    total = ranks.sum(torch.cat([torch.stack(local).double(), extra]))
+    total = ranks.sum(torch.cat([torch.stack(list(local.values())), extra]))
     if ranks.group is not None:
         stop, masked = bool(total[-2] > 0), int(total[-1])
-    return Agreed(counts=dict(zip(objectives, total.unbind(), strict=False)), stop=stop, masked=masked)
+    return Agreed(counts=dict(zip(local, total.unbind(), strict=False)), stop=stop, masked=masked)
 
 
 def backward(
@@ -131,29 +141,32 @@ def backward(
     *,
     compute: Compute,
     seed: tuple[int, ...],
+    pool: Pool = "source",
 ) -> dict[str, Tensor]:
     """Add the whole step's gradient to `.grad`; returns the raw local sums by name.
 
-    One micro-batch, or none coupled: each is the whole truth about itself. Otherwise the coupled
-    objectives see all micro-batches' encodings at once, and the gradients they give are pushed through the
-    encoders micro-batch by micro-batch (GradCache, arXiv 2101.06983).
+    A micro-batch that nothing couples to another is the whole truth about itself. Otherwise the coupled
+    objectives see the encodings of all that are contrasted at once, and the gradients they give are pushed
+    through the encoders micro-batch by micro-batch (GradCache, arXiv 2101.06983).
     """
     pretrainer = _inside(wrapped)
-    two_pass = len(batches) > 1 and bool(pretrainer.coupled)
+    circles = _circles(pretrainer, batches, pool)
     sums: dict[str, Tensor] = {}
-    middle = _couple(wrapped, batches, factors, compute=compute, seed=seed) if two_pass else None
-    if middle is not None:
-        _add(sums, middle.outcome)
+    middle = _couple(wrapped, batches, circles, factors, compute=compute, seed=seed)
+    for outcome in middle.outcomes:
+        _add(sums, outcome)
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
+        apart = {name for circle in circles if place in circle.places for name in circle.names}
         with _synchronised(wrapped, last), compute.forward():
             outcome = wrapped(
                 batch,
-                phase="push" if middle else "whole",
+                phase="push",
+                names=[name for name in pretrainer.fed_by(batch.source) if name not in apart],
                 factors=factors,
                 seed=(*seed, place),
-                given=middle.gradients[place] if middle else None,
-                pull=middle.pull if middle and last else None,
+                given=middle.gradients[place],
+                pull=middle.pull if last else None,
             )
         with _synchronised(wrapped, last):
             outcome.total.backward()
@@ -161,44 +174,100 @@ def backward(
     return sums
 
 
+@dataclass(frozen=True, slots=True)
+class _Circle:
+    """Micro-batches whose samples see each other, and the objectives through which they do."""
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+
+
+def _circles(pretrainer: Pretrainer, batches: Sequence[Batch], pool: Pool) -> list[_Circle]:
+    """The circles of more than one micro-batch: those of one source, or of all that feed an objective."""
+    members: dict[tuple[int, ...], list[str]] = {}
+    for name, objective in pretrainer.objectives.items():
+        if not objective.coupled:
+            continue
+        fed = [at for at, batch in enumerate(batches) if name in pretrainer.fed_by(batch.source)]
+        apart: dict[str, list[int]] = {}
+        for at in fed:
+            apart.setdefault(batches[at].source if pool == "source" else "", []).append(at)
+        for places in apart.values():
+            if len(places) > 1:
+                members.setdefault(tuple(places), []).append(name)
+    return [_Circle(tuple(names), places) for places, names in members.items()]
+
+
 @dataclass(slots=True)
 class _Middle:
     """What coupled objectives said about the whole step."""
 
-    outcome: Outcome
+    outcomes: list[Outcome]
     gradients: list[dict[Pass, Tensor]]
+    """Of each micro-batch, at its encodings."""
     pull: dict[str, Tensor]
+    """At parameters of their own, by name."""
 
 
 def _couple(
     wrapped: Wrapped,
     batches: Sequence[Batch],
+    circles: Sequence[_Circle],
     factors: Mapping[str, Tensor],
     *,
     compute: Compute,
     seed: tuple[int, ...],
 ) -> _Middle:
     """Encode without gradient, then take the coupled losses' gradients at the encodings."""
-    pieces: list[dict[Pass, Tensor]] = []
+    pieces: list[dict[Pass, Tensor]] = [{} for _ in batches]
     with torch.no_grad():
         for place, batch in enumerate(batches):
-            with compute.forward():
-                pieces.append(wrapped(batch, phase="encode", factors=factors, seed=(*seed, place)))
-    leaves = {wanted: torch.cat([piece[wanted] for piece in pieces]).requires_grad_() for wanted in pieces[0]}
+            names = [name for circle in circles if place in circle.places for name in circle.names]
+            if names:
+                with compute.forward():
+                    pieces[place] = wrapped(
+                        batch, phase="encode", names=names, factors=factors, seed=(*seed, place)
+                    )
+    middle = _Middle([], [{} for _ in batches], {})
+    for circle in circles:
+        _contrast(wrapped, batches, circle, pieces, factors, middle, compute=compute, seed=seed)
+    return middle
+
+
+def _contrast(
+    wrapped: Wrapped,
+    batches: Sequence[Batch],
+    circle: _Circle,
+    pieces: Sequence[Mapping[Pass, Tensor]],
+    factors: Mapping[str, Tensor],
+    middle: _Middle,
+    *,
+    compute: Compute,
+    seed: tuple[int, ...],
+) -> None:
+    """Add what one circle says to the middle."""
+    passes = _inside(wrapped).coupled(circle.names)
+    leaves = {
+        wanted: torch.cat([pieces[place][wanted] for place in circle.places]).requires_grad_()
+        for wanted in passes
+    }
     own = _inside(wrapped).coupled_parameters()
+    together = join([batches[place] for place in circle.places])
     with _synchronised(wrapped, False), compute.forward():
-        outcome = wrapped(join(batches), phase="couple", factors=factors, seed=seed, given=leaves)
+        outcome = wrapped(
+            together, phase="couple", names=circle.names, factors=factors, seed=seed, given=leaves
+        )
     found = torch.autograd.grad(
         outcome.total, [*leaves.values(), *(parameter for _, parameter in own)], allow_unused=True
     )
-    by_pass = dict(zip(leaves, found, strict=False))
-    gradients: list[dict[Pass, Tensor]] = [{} for _ in pieces]
-    for wanted, gradient in by_pass.items():
-        rows = [len(piece[wanted]) for piece in pieces]
-        for mine, part in zip(gradients, gradient.split(rows), strict=True):
-            mine[wanted] = part
-    pull = {name: g for (name, _), g in zip(own, found[len(leaves) :], strict=True) if g is not None}
-    return _Middle(outcome, gradients, pull)
+    for wanted, gradient in zip(leaves, found, strict=False):
+        rows = [len(pieces[place][wanted]) for place in circle.places]
+        for place, part in zip(circle.places, gradient.split(rows), strict=True):
+            _accumulate(middle.gradients[place], wanted, part)
+    for (name, _), gradient in zip(own, found[len(leaves) :], strict=True):
+        if gradient is not None:
+            _accumulate(middle.pull, name, gradient)
+    middle.outcomes.append(outcome)
 
 
 def _inside(wrapped: Wrapped) -> Pretrainer:
@@ -212,22 +281,28 @@ def _synchronised(wrapped: Wrapped, now: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+_At = TypeVar("_At")
+
+
+def _accumulate(sums: dict[_At, Tensor], at: _At, value: Tensor) -> None:
+    sums[at] = sums[at] + value if at in sums else value
+
+
 def _add(sums: dict[str, Tensor], outcome: Outcome) -> None:
     for name, terms in outcome.terms.items():
-        named = {f"{name}/{key}": value for key, value in terms.metrics.items()}
-        for at, value in {f"loss/{name}": terms.total, **named}.items():
-            sums[at] = sums[at] + value.detach() if at in sums else value.detach()
+        for at, value in {"": terms.total, **terms.metrics}.items():
+            _accumulate(sums, f"{name}/{at}" if at else f"loss/{name}", value.detach())
 
 
 def _means(
     sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Global means of what each rank summed, and the weighted total."""
+    """Global means of what each rank summed, and the weighted total; an objective not fed has no value."""
     total = ranks.sum(torch.stack([value.double() for value in sums.values()]))
     named = dict(zip(sums, total.unbind(), strict=True))
     means: dict[str, Tensor] = {}
     for at, value in named.items():
         name = at.removeprefix("loss/") if at.startswith("loss/") else at.partition("/")[0]
         means[at] = value / counts[name].clamp(min=1)
-    loss = torch.stack([weights[name] * means[f"loss/{name}"] for name in counts]).sum()
-    return {"loss": loss, **means}
+    losses = [weights[name] * means[f"loss/{name}"] for name in counts if f"loss/{name}" in means]
+    return {"loss": torch.stack(losses).sum(), **means}

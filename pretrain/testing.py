@@ -167,6 +167,8 @@ def make_samples(count: int, *, seed: int = 0, vocabulary: int = 20) -> list[Bat
                 text_id=torch.tensor(
                     [1 if place % 7 == 1 else 100 * place + t for t in range(texts)], dtype=torch.int64
                 ),
+                boxes=torch.zeros(texts, 4),
+                box_valid=torch.zeros(texts, dtype=torch.bool),
                 keys=(f"sample/{place}",),
             )
         )
@@ -189,6 +191,8 @@ def merge(samples: Sequence[Batch]) -> Batch:
         image_index=torch.cat(index),
         text_valid=torch.cat([s.text_valid for s in samples]),
         text_id=torch.cat([s.text_id for s in samples]),
+        boxes=torch.cat([s.boxes for s in samples]),
+        box_valid=torch.cat([s.box_valid for s in samples]),
         keys=tuple(key for s in samples for key in s.keys),
     )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from datasets.health import Meter
+from datasets.loader import Feed
 from datasets.source import Source
 from datasets.tokens import Tokenizer
 from pretrain.clock import Clock
@@ -16,6 +19,7 @@ from pretrain.distributed import Ranks
 from pretrain.ledger import Ledger
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
+from pretrain.quarantine import Quarantine
 from pretrain.rundir import RunDir
 from pretrain.sinks import Sink
 from pretrain.starts import Starts
@@ -28,7 +32,8 @@ class Training:
     """What the loop works with, built by `pretrain.launch` in the order data flows."""
 
     run: Run
-    source: Source
+    feeds: Sequence[Feed]
+    """The mixture that is trained on."""
     val: Source | None
     """What the model is judged on, where it is not the built-in scenes."""
     tokenizer: Tokenizer
@@ -48,5 +53,7 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
-    named: set[str] = field(default_factory=set)
-    """Keys of masked samples that were already said aloud."""
+    quarantine: Quarantine | None = None
+    """The samples that could not be read; rank zero's."""
+    meter: Meter = field(default_factory=Meter)
+    """What reading has cost since the last report."""

@@ -161,7 +161,8 @@ def test_the_objective_in_the_readme_is_an_objective(tmp_path, monkeypatch):
     )
     batch = merge(make_samples(9))
     one = {"agreement": torch.tensor(1.0)}
-    outcome = Pretrainer(model, {"agreement": objective})(batch, phase="whole", factors=one, seed=())
+    pretrainer = Pretrainer(model, {"agreement": objective})
+    outcome = pretrainer(batch, phase="push", names=["agreement"], factors=one, seed=())
     outcome.total.backward()
     assert 0 < outcome.total.item() < 4 * objective.denominator(batch).item()
 

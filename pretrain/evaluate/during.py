@@ -95,7 +95,7 @@ def _examination(training: Training, val: Source) -> Examination:
 
 def _tell(training: Training, results: Results) -> None:
     """The numbers, to whoever follows the run."""
-    step, samples, last = training.standing.step, training.standing.position, _is_last(training)
+    step, samples, last = training.standing.step, training.standing.samples, _is_last(training)
     values = {f"eval/{name}": result.value for name, result in results.items()}
     training.sink.step(step, {"samples": samples, **values, **({"finished": 1.0} if last else {})})
     if not results:
@@ -123,7 +123,7 @@ def _show(training: Training, results: Results) -> None:
         )
         if source is not None:
             sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))
-            save_sheet(sheet, training.rundir.samples, step=step, samples=training.standing.position)
+            save_sheet(sheet, training.rundir.samples, step=step, samples=training.standing.samples)
     except (OSError, UserError) as error:
         training.sink.note(f"warning: no sample sheet of step {step}: {error}")
 

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import yaml
 
-from datasets.errors import UserError
-from datasets.sources import open_source
 from objectives import kind_of
 from pretrain import runfile
 from pretrain.config import Run
@@ -110,26 +108,18 @@ def version() -> str:
 def _data(run: Run, run_dir: Path, step: int) -> list[str]:
     state = RunDir(run_dir).checkpoints / f"step-{step:08d}" / "state.json"
     # A run that trains on may have dropped this checkpoint meanwhile.
-    fingerprint = json.loads(state.read_bytes())["data"] if state.is_file() else None
+    known = json.loads(state.read_bytes())["data"] if state.is_file() else {}
     evaluated = f"`{_short(run.val)}`" if run.val else "scenes of their own" if run.data == "scenes" else ""
     rows = [
-        ("trained on", f"`{_short(run.data)}`"),
-        ("samples", _count(run, fingerprint)),
-        ("fingerprint", f"`{fingerprint or 'unknown'}`"),
-        ("captions of a sample", run.captions),
-        *([("evaluated on", evaluated)] if evaluated else []),
-    ]
-    return [_table(("", ""), rows)]
-
-
-def _count(run: Run, fingerprint: str | None) -> str:
-    """How many samples the data hold, if they are still there."""
-    try:
-        source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
-    except (UserError, OSError):
-        return "unknown: the data were not here any more when this was written"
-    changed = ", but the data have changed since" if fingerprint not in (None, source.fingerprint) else ""
-    return f"{'drawn without end' if source.size is None else source.size}{changed}"
+        (
+            name, f"`{_short(source.data)}`", source.holds, source.captions,
+            known[name]["size"] or "drawn without end" if name in known else "unknown",
+            f"`{known[name]['fingerprint'] if name in known else 'unknown'}`",
+        )
+        for name, source in run.sources.items()
+    ]  # fmt: skip
+    table = _table(("source", "data", "holds", "captions of a sample", "samples", "fingerprint"), rows)
+    return [table, *([f"Evaluated on {evaluated}."] if evaluated else [])]
 
 
 def _training(run: Run, step: int, samples: int) -> list[str]:

@@ -6,6 +6,7 @@ crop is open_clip's. Name the data with --data.
 
 from dataclasses import replace
 
+from datasets.sources import SourceConfig
 from datasets.views import Augment
 from objectives.itc import ITC
 from pretrain.config import Run, Stage
@@ -18,7 +19,7 @@ def recipe() -> Run:
     """As published: 32 epochs of 400 million pairs."""
     optim = Optim(lr=5e-4, warmup=2_000, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, clip=0.0)
     return Run(
-        data="",
+        sources={"data": SourceConfig(data="")},
         model=OpenClipConfig(name="ViT-B-32"),
         objectives={"itc": ITC.Config()},
         augment=Augment(crop=0.9, flip=False),

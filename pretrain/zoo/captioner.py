@@ -20,8 +20,8 @@ from pretrain.zoo.towers import TextDecoder
 class Cache:
     """What generation keeps between tokens."""
 
-    cross: list[tuple[Tensor, Tensor]]
-    """Of each layer: (N, H, P, Dt/H) keys and values of the image, computed once."""
+    cross: list[tuple[Tensor, Tensor] | None]
+    """Of each layer: (N, H, P, Dt/H) keys and values of the image, computed once; None without an image."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each layer: (N, H, t, Dt/H) keys and values of the t tokens read so far."""
 
@@ -68,11 +68,11 @@ class Captioner(TextDecoder):
         self.blocks = nn.ModuleList(_Block(config, image_width=image_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, image_tokens: Tensor, text: Tensor) -> Tensor:
+    def forward(self, image_tokens: Tensor | None, text: Tensor) -> Tensor:
         """States that predict the next token.
 
         Args:
-            image_tokens: (N, P, Dv), the image of each text.
+            image_tokens: (N, P, Dv), the image of each text; None for texts without images.
             text: (N, T-1) int64, all tokens but the last.
 
         Returns:
@@ -80,8 +80,10 @@ class Captioner(TextDecoder):
         """
         return self.extend(text, cache=self.start(image_tokens))
 
-    def start(self, image_tokens: Tensor) -> Cache:
+    def start(self, image_tokens: Tensor | None) -> Cache:
         """A cache that has read the image and no text."""
+        if image_tokens is None:
+            return Cache([None] * len(self.blocks))
         seen = self.image_norm(image_tokens)
         return Cache([block.look(seen) for block in self.blocks])  # pyright: ignore[reportCallIssue]
 
@@ -122,7 +124,7 @@ class _Block(nn.Module):
         return key, value
 
     def forward(
-        self, x: Tensor, *, cross: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, *, cross: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(N, t, Dt) states after this block, and keys and values of all tokens so far."""
         query, key, value = self._split(self.qkv(self.self_norm(x)), parts=3)
@@ -130,9 +132,10 @@ class _Block(nn.Module):
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         heard = _attend(query, key, value, causal=past is None)
         x = x + self.self_out(heard.transpose(1, 2).flatten(2))
-        (query,) = self._split(self.query(self.cross_norm(x)), parts=1)
-        seen = _attend(query, *cross, causal=False)
-        x = x + self.cross_out(seen.transpose(1, 2).flatten(2))
+        if cross is not None:
+            (query,) = self._split(self.query(self.cross_norm(x)), parts=1)
+            seen = _attend(query, *cross, causal=False)
+            x = x + self.cross_out(seen.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm(x)))), (key, value)
 
     def _split(self, x: Tensor, *, parts: int) -> tuple[Tensor, ...]:

@@ -49,9 +49,15 @@ class CoCaDecoder(TextDecoder):
         # parameters are counted and saved there.
         self._text = (text,)
 
-    def forward(self, image_tokens: Tensor, text: Tensor) -> Tensor:
-        """(N, t, Dt) of the image of each text (N, P, W) and the text tower's states (N, t, W)."""
-        return self.decoder(image_tokens, text)
+    def forward(self, image_tokens: Tensor | None, text: Tensor) -> Tensor:
+        """(N, t, Dt) of the image of each text (N, P, W), if any, and the text tower's states (N, t, W)."""
+        if image_tokens is not None:
+            return self.decoder(image_tokens, text)
+        before: Tensor = self.decoder.attn_mask  # pyright: ignore[reportAssignmentType]
+        before = before[: text.shape[1], : text.shape[1]]
+        for block in self.decoder.resblocks:
+            text = block(text, attn_mask=before)
+        return self.decoder.ln_final(text)
 
     def start(self, image_tokens: Tensor) -> Prefix:
         """Read the (N, P, W) image and no text."""

@@ -64,8 +64,11 @@ class TextDecoder(nn.Module, ABC):
     """States to the vocabulary."""
 
     @abstractmethod
-    def forward(self, image_tokens: Tensor, text: Tensor) -> Tensor:
-        """(N, t, Dt) of the image of each text (N, P, W) and its first t ids (N, t) or states (N, t, W)."""
+    def forward(self, image_tokens: Tensor | None, text: Tensor) -> Tensor:
+        """(N, t, Dt) of the image of each text (N, P, W) and its first t ids (N, t) or states (N, t, W).
+
+        Without images it is a language model: what looks at them is left out.
+        """
 
     @abstractmethod
     def start(self, image_tokens: Tensor) -> Any:

@@ -48,6 +48,8 @@ def batch_of(image_index, text_id=None, *, images: int, masked_images=(), masked
         image_index=torch.tensor(image_index),
         text_valid=torch.tensor([t not in masked_texts for t in range(texts)]),
         text_id=torch.tensor(list(range(texts)) if text_id is None else text_id),
+        boxes=torch.zeros(texts, 4),
+        box_valid=torch.zeros(texts, dtype=torch.bool),
         keys=(),
     )
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from datasets.errors import UserError
+from datasets.source import EVERYTHING
 from datasets.weights import weight_at
 from objectives import OBJECTIVES, kind_of, objective_class
 from objectives.base import VOCABULARY, Widths
@@ -20,7 +21,7 @@ def test_contract(kind):
     assert objective.passes
     assert {wanted.what for wanted in objective.passes} <= set(VOCABULARY)
     assert set(objective.coupled) <= set(objective.passes)
-    assert owner.needs <= {"image", "text", "boxes"}
+    assert owner.needs <= EVERYTHING
     assert owner.__doc__
     for size in (1, 2, 15):
         count = objective.denominator(merge(make_samples(size)))

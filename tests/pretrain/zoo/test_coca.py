@@ -101,6 +101,8 @@ def captions(lengths=(9, 4, 12, 6)) -> Batch:
         image_index=torch.arange(count),
         text_valid=valid,
         text_id=torch.arange(count),
+        boxes=torch.zeros(count, 4),
+        box_valid=~valid,
         keys=tuple(map(str, range(count))),
     )
 

@@ -1,0 +1,66 @@
+"""What a run was trained on, and in which words it differs from what is here now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets.errors import UserError
+from datasets.loader import Feed
+from datasets.manifest import Manifest
+from datasets.tars import Tars
+from pretrain.rundir import RunDir
+from pretrain.state import Known, Standing
+
+
+def known(feeds: Sequence[Feed]) -> dict[str, Known]:
+    """What each source is, to be remembered."""
+    return {feed.name: Known(fingerprint=feed.source.fingerprint, size=feed.source.size) for feed in feeds}
+
+
+def changes(
+    feeds: Sequence[Feed], before: Standing, now: Standing, rundir: RunDir, *, allowed: bool
+) -> list[str]:
+    """In words, how order and data differ from what a checkpoint was trained on.
+
+    Raises:
+        UserError: they differ and may not.
+    """
+    named: list[str] = []
+    if before.order != now.order:
+        named.append(f"the version of the order ({before.order} then, {now.order} now)")
+    named += [f"the source {name}, which is gone" for name in before.data if name not in now.data]
+    for feed in feeds:
+        then, here = before.data.get(feed.name), now.data[feed.name]
+        if then is None:
+            named.append(f"the source {feed.name}, which is new")
+        elif then.fingerprint != here.fingerprint:
+            named.append(f"the data of source {feed.name}: {_difference(feed, then, here, rundir)}")
+    if named and not allowed:
+        raise UserError(
+            f"since the checkpoint of step {before.step} has changed {'; '.join(named)}: bring it back, "
+            "choose another --out, or go on in spite of it with --allow-changed"
+        )
+    return named
+
+
+def keep(feeds: Sequence[Feed], rundir: RunDir) -> None:
+    """Copy the manifests into the run directory, so that a later change can be named."""
+    for feed in feeds:
+        if isinstance(feed.source, Tars):
+            rundir.manifests.mkdir(exist_ok=True)
+            feed.source.manifest.save(rundir.manifests / f"{feed.name}.json")
+
+
+def _difference(feed: Feed, then: Known, here: Known, rundir: RunDir) -> str:
+    kept = rundir.manifests / f"{feed.name}.json"
+    if isinstance(feed.source, Tars) and kept.exists():
+        try:
+            found = Manifest.load(str(kept)).difference(feed.source.manifest)
+        except UserError:
+            found = ""  # the copy is only there to tell more
+        if found:
+            return found
+    return (
+        f"{then.size or 'endless'} samples then, {here.size or 'endless'} now, "
+        f"fingerprint {then.fingerprint[:12]} then, {here.fingerprint[:12]} now"
+    )

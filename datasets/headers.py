@@ -101,6 +101,8 @@ def _member(
     odd = _ODD.get(kind, "" if kind in b"0\x007" else "a special file")
     if kind == b"\0" and name.endswith("/"):
         odd = "a folder"
+    if odd == "a folder":
+        name = name.rstrip("/")
     if prefix and kind not in _GNU:
         name = f"{prefix}/{name}"
     data = at + BLOCK

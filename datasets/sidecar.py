@@ -151,10 +151,8 @@ class Table:
         rows = np.frombuffer(data, "<u4", head.faults, at)
         ends = np.frombuffer(data, "<u4", head.faults, at + 4 * head.faults)
         self._texts = at + 8 * head.faults
-        sound = (
-            crc32(view) == head.checksum and _rising(ends_of_keys, head.keys) and _rising(ends, head.texts)
-        )
-        if not sound or not self._within(rows):
+        rising = _rising(ends_of_keys, head.keys) and _rising(ends, head.texts)
+        if crc32(view) != head.checksum or not rising or not self._within(rows):
             raise UserError(f"{name} is damaged; {_AGAIN}")
         self._ends = array("I", ends_of_keys.astype("=u4").tobytes())
         self._faults = {row: number for number, row in enumerate(rows.tolist())}

@@ -11,7 +11,7 @@ Kind = Literal[
 ]  # fmt: skip
 """What can be wrong with a sample: what is counted together."""
 
-KINDS: Final[dict[Kind, str]] = {
+KINDS: Final[dict[str, str]] = {
     "member": "what its shard lists for it cannot be used: a part twice, a link, an absurd size",
     "missing": "a part that is asked of it is not there",
     "checksum": "its bytes are not those that were indexed",

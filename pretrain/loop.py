@@ -242,7 +242,8 @@ def _verdict(training: Training, masked: Sequence[Masked]) -> str | None:
     assert training.quarantine is not None
     for sentence in training.quarantine.add(masked, step=training.standing.step):
         training.sink.note(sentence)
-    return training.quarantine.verdict(training.standing.samples)
+    standing = training.standing
+    return training.quarantine.verdict(samples=standing.samples, masked=sum(standing.masked.values()))
 
 
 def _stop(reason: str) -> None:

@@ -1,12 +1,20 @@
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets.annotations import LONGEST, Annotations, annotated
-from datasets.errors import ContentError
+from datasets.errors import KINDS, ContentError, Kind
 from datasets.sample import Phrase
+from datasets.source import Field
+
+IMAGE: frozenset[Field] = frozenset(("image",))
+TEXT: frozenset[Field] = frozenset(("text",))
+BOXES: frozenset[Field] = frozenset(("boxes",))
+LABEL: frozenset[Field] = frozenset(("label",))
+KEPT = "family 👩\u200d👩\u200d👧 e\u0301 \u202eעבר\u202c"
 
 
 def record(**fields):
@@ -30,45 +38,94 @@ def test_where_captions_come_from(text, fields, captions):
 
 
 @pytest.mark.parametrize(
-    ("raw", "cleaned"),
+    ("raw", "cleaned", "mended"),
     [
-        ("  two\n spaces \t and\r\nlines  ", "two spaces and lines"),
-        ("nul\0 and \x1b[31mescape\x7f", "nul and [31mescape"),
-        ("\ufeffmarked", "marked"),
-        ("no\u00a0break", "no break"),
-        ("family 👩\u200d👩\u200d👧 עברית", "family 👩\u200d👩\u200d👧 עברית"),
-        ("x" * (LONGEST + 5), "x" * LONGEST),
+        ("  two\n spaces \t and\r\nlines  ", "two spaces and lines", ()),
+        ("nul\0 and \x1b[31mescape\x7f", "nul and [31mescape", ("control",)),
+        ("\ufeffmarked", "marked", ()),
+        ("no\u00a0break", "no break", ()),
+        (KEPT, KEPT, ()),
+        ("a &lt;b&gt; &amp; c", "a &lt;b&gt; &amp; c", ()),
+        ("x" * LONGEST, "x" * LONGEST, ()),
+        ("x" * 2**20, "x" * LONGEST, ("cut",)),
+        ("\0" + "x" * LONGEST, "x" * (LONGEST - 1), ("control", "cut")),
     ],
-)
-def test_cleaning(raw, cleaned):
-    assert annotated(raw.encode(), None).captions == (cleaned,)
+)  # fmt: skip
+def test_cleaning(raw, cleaned, mended):
+    for text, data in ((raw.encode(), None), (None, record(caption=raw.lstrip("\ufeff")))):
+        found = annotated(text, data)
+        assert found.captions == (cleaned,)
+        assert sorted(found.mended) == list(mended)
+
+
+MASKED = [
+    (None, b"{}", "no_caption", "no caption"),
+    (None, record(captions=[]), "no_caption", "no caption"),
+    (b"", None, "no_caption", "caption 0 is empty"),
+    (b" \0\n", None, "no_caption", "caption 0 is empty"),
+    (b" " * LONGEST + b"too late", None, "no_caption", "caption 0 is empty"),
+    (None, record(captions=["", " "]), "no_caption", "caption 0 is empty"),
+    (b"caf\xe9", None, "utf8", r"its \.txt is not UTF-8 \(byte 3\)"),
+    ("utf-16".encode("utf-16"), None, "utf8", r"its \.txt is not UTF-8 \(byte 0\)"),
+    (b"\xed\xa0\xbd", None, "utf8", r"its \.txt is not UTF-8"),  # half a pair, as some encoders write it
+    (b"fine", b'{"caption": "caf\xe9"}', "utf8", r"its \.json is not UTF-8"),
+    (None, b'{"caption": "half \\ud83d a pair"}', "utf8", "caption 0 is not Unicode"),
+    (b"fine", b'{"caption": ', "json", r"its \.json is not JSON"),
+    (b"fine", b"", "json", r"its \.json is not JSON"),
+    (b"fine", b"[" * 100_000, "json", r"its \.json is not JSON"),
+    (b"fine", b'{"a":' * 100_000, "json", r"its \.json is not JSON"),
+    (b"fine", b'{"n": ' + b"9" * 10_000 + b"}", "json", r"its \.json is not JSON"),
+    (b"fine", b"[1]", "json", r"its \.json is not an object"),
+    (b"fine", b"null", "json", r"its \.json is not an object"),
+    (b"fine", record(caption=7), "not_text", "caption 0 is not text"),
+    (b"fine", record(caption=0), "not_text", "caption 0 is not text"),
+    (b"fine", record(captions={}), "not_text", "caption 0 is not text"),
+    (b"fine", record(captions={"en": "a dog"}), "not_text", "caption 0 is not text"),
+    (b"fine", record(captions=[["a dog"]]), "not_text", "caption 0 is not text"),
+    (b"fine", record(captions=[None, 1]), "not_text", "caption 0 is not text"),
+    (b"fine", record(boxes="none"), "box", "its boxes are not a list"),
+    (b"fine", record(boxes={}), "box", "its boxes are not a list"),
+]
+
+
+@pytest.mark.parametrize(("text", "data", "kind", "reason"), MASKED)
+def test_what_masks_a_sample_is_named(text, data, kind, reason):
+    with pytest.raises(ContentError, match=reason) as caught:
+        annotated(text, data)
+    assert caught.value.kind == kind
 
 
 @pytest.mark.parametrize(
-    ("text", "data", "reason"),
+    ("captions", "kept", "mended"),
     [
-        (None, b"{}", "no caption"),
-        (b"", None, "caption 0 is empty"),
-        (b" \0\n", None, "caption 0 is empty"),
-        (None, record(captions=["fine", " "]), "caption 1 is empty"),
-        (b"caf\xe9", None, r"its \.txt is not UTF-8 \(byte 3\)"),
-        (None, b'{"caption": "caf\xe9"}', r"its \.json is not UTF-8"),
-        (b"fine", b'{"caption": ', r"its \.json is not JSON"),
-        (b"fine", b"[" * 100_000, r"its \.json is not JSON"),
-        (b"fine", b"[1]", r"its \.json is not an object"),
-        (None, record(caption=7), "caption 0 is not text"),
-        (None, record(captions=["fine", None]), "no caption"),
-        (None, b'{"caption": "half \\ud83d a pair"}', "caption 0 is not Unicode"),
-        (b"fine", record(boxes={}) + b" ", None),
-        (b"fine", record(boxes="none"), "its boxes are not a list"),
+        (["", "a dog", " "], ("a dog",), ("no_caption", "no_caption")),
+        ([None, "a dog", 7, ["a cat"]], ("a dog",), ("not_text",) * 3),
+        (["half \ud83d a pair", "a dog"], ("a dog",), ("utf8",)),
+        (["a\0 cat", "a dog"], ("a cat", "a dog"), ("control",)),
     ],
 )
-def test_broken_rules_are_named(text, data, reason):
-    if reason is None:
-        assert annotated(text, data).captions == ("fine",)
-        return
-    with pytest.raises(ContentError, match=reason):
-        annotated(text, data)
+def test_one_bad_caption_leaves_the_others(captions, kept, mended):
+    found = annotated(b"from txt", record(captions=captions))
+    assert (found.captions, found.mended) == (kept, mended)
+
+
+def test_of_a_name_that_stands_twice_the_last_counts():
+    assert annotated(None, b'{"caption": "one", "caption": "two"}').captions == ("two",)
+
+
+def test_only_what_is_asked_for_can_be_wrong():
+    broken = record(captions=[7], boxes="none", class_id=-1)
+    assert annotated(b"\xff", b"{", b"x", fields=IMAGE) == Annotations()
+    assert annotated(b"\xff", record(class_id=3), fields=IMAGE | LABEL) == Annotations(label=3)
+    assert annotated(b"fine", record(boxes=7), b"x", fields=TEXT) == Annotations(captions=("fine",))
+    for fields, kind in ((TEXT, "not_text"), (LABEL, "class"), (TEXT | BOXES, "not_text")):
+        with pytest.raises(ContentError) as caught:
+            annotated(None, broken, fields=fields)
+        assert caught.value.kind == kind
+    with pytest.raises(ContentError, match="no class"):
+        annotated(b"fine", None, fields=LABEL)
+    with pytest.raises(ContentError, match="no caption"):
+        annotated(None, None, b"3", fields=TEXT)
 
 
 def test_phrases():
@@ -136,14 +193,43 @@ def test_phrase_without_words():
         annotated(b"fine", record(boxes=[{"phrase": " ", "box_xyxy": [0, 0, 1, 1]}]))
 
 
+def test_one_bad_box_leaves_the_others_and_phrases_follow_their_captions():
+    whole = [0, 0, 1, 1]
+    boxes = [
+        {"phrase": "of the empty one", "box_xyxy": whole, "caption_index": 0},
+        {"phrase": "a cat", "box_xyxy": whole, "caption_index": 2},
+        {"phrase": "in pixels", "box_xyxy": [0, 0, 320, 240], "caption_index": 1},
+        {"phrase": "a dog", "box_xyxy": whole, "caption_index": 1},
+        {"phrase": 7, "box_xyxy": whole, "caption_index": 1},
+    ]
+    found = annotated(None, record(captions=["", "a dog", "a cat"], boxes=boxes))
+    assert found.captions == ("a dog", "a cat")
+    assert [(phrase.text, phrase.caption) for phrase in found.phrases] == [("a cat", 1), ("a dog", 0)]
+    assert found.mended == ("no_caption", "box", "box", "not_text")
+
+
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.sampled_from(["phrase", "box_xyxy", "caption_index", "x"]), x), max_leaves=8)  # fmt: skip  # noqa: E501
+
+
+def attempt(*parts):
+    try:
+        return annotated(*parts), None
+    except ContentError as error:
+        return None, error
 
 
 @given(captions=JSON, caption=JSON, boxes=JSON)
 def test_any_json_gives_captions_or_a_reason(captions, caption, boxes):
-    try:
-        found = annotated(b"text", record(captions=captions, caption=caption, boxes=boxes)).captions
-    except ContentError:
+    found, fault = attempt(b"text", record(captions=captions, caption=caption, boxes=boxes))
+    if found is None:
+        assert fault.kind in KINDS
+        assert str(fault).isprintable()
         return
-    assert found
-    assert all(isinstance(one, str) and one for one in found)
+    assert found.captions
+    assert all(isinstance(one, str) and one for one in found.captions)
+    assert all(0 <= phrase.caption < len(found.captions) for phrase in found.phrases)
+    assert set(found.mended) <= {*KINDS, "cut", "control"}
+
+
+def test_every_kind_is_said_in_words():
+    assert set(KINDS) == set(get_args(Kind))

@@ -159,7 +159,7 @@ class Loader:
             mine = share(stop - start, self.rank, self.ranks)
             positions = order.batch(start, stop)[mine.start : mine.stop]
             if feed.source.remote:
-                _fetch_early(feed.source, order, positions)
+                readers.submit(_fetch_early, feed.source, order, positions)
             pieces = max(1, min(self.micro_batches, (stop - start) // self.ranks))
             chunks = [
                 readers.submit(self._read, feed, positions[i : i + _CHUNK])

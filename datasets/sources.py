@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,7 @@ def open_source(
     augment: Augment,
     remote: Remote | None = None,
     meter: Meter | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Source:
     """The source that `spec` names: `scenes`, or comma-separated tar shards, which are pooled.
 
@@ -69,6 +70,7 @@ def open_source(
         augment: random views of shards; scenes are drawn anew instead.
         remote: how remote shards are fetched.
         meter: told what reading and decoding cost.
+        say: told when shards have to be indexed first.
 
     Raises:
         UserError: shards cannot be found or read.
@@ -79,39 +81,41 @@ def open_source(
         return Scenes(seed=seed, split=split)
     from datasets.tars import Tars
 
-    return Tars(spec, augment=augment, remote=remote, meter=meter)
+    return Tars(spec, augment=augment, remote=remote, meter=meter, say=say)
 
 
 def open_mixture(
-    sources: Mapping[str, SourceConfig], *, seed: int, augment: Augment, remote: Remote, meter: Meter
+    sources: Mapping[str, SourceConfig],
+    *,
+    seed: int,
+    augment: Augment,
+    remote: Remote,
+    meter: Meter,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[Feed, ...]:
     """Every source of a run, opened for training, in the order they stand in a step.
 
     Raises:
         UserError: shards cannot be found or read, or hold not what is to be taken of them.
     """
-    return tuple(
-        _feed(name, config, seed=seed, augment=augment, remote=remote, meter=meter)
-        for name, config in sources.items()
-    )
-
-
-def _feed(
-    name: str, config: SourceConfig, *, seed: int, augment: Augment, remote: Remote, meter: Meter
-) -> Feed:
-    source = open_source(config.data, seed=seed, split="train", augment=augment, remote=remote, meter=meter)
-    missing = NEEDS[config.holds] - source.fields
-    if missing:
-        raise UserError(
-            f"--sources.{name}.holds {config.holds} needs {', '.join(sorted(missing))}, which {source.name} "
-            f"does not hold; it holds {', '.join(sorted(source.fields)) or 'nothing that is known'}"
+    feeds: list[Feed] = []
+    for name, config in sources.items():
+        source = open_source(
+            config.data, seed=seed, split="train", augment=augment, remote=remote, meter=meter, say=say
         )
-    holding = Holding(
-        holds=config.holds,
-        choose=config.captions,
-        classes=_classes(name, config, source) if config.holds == "classes" else None,
-    )
-    return Feed(name=name, source=source, holding=holding, weight=config.weight)
+        missing = NEEDS[config.holds] - source.fields
+        if missing:
+            raise UserError(
+                f"--sources.{name}.holds {config.holds} needs {', '.join(sorted(missing))}, which {source.name} "
+                f"does not hold; it holds {', '.join(sorted(source.fields)) or 'nothing that is known'}"
+            )
+        holding = Holding(
+            holds=config.holds,
+            choose=config.captions,
+            classes=_classes(name, config, source) if config.holds == "classes" else None,
+        )
+        feeds.append(Feed(name=name, source=source, holding=holding, weight=config.weight))
+    return tuple(feeds)
 
 
 def _classes(name: str, config: SourceConfig, source: Source) -> Classes:

@@ -6,6 +6,8 @@ before training. A sample that cannot be read keeps its slot, masked, with the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
 from datasets.errors import ContentError
@@ -25,7 +27,13 @@ class Tars:
     """The source that tar shards are; several comma-separated sets are one pooled source."""
 
     def __init__(
-        self, spec: str, *, augment: Augment, remote: Remote | None = None, meter: Meter | None = None
+        self,
+        spec: str,
+        *,
+        augment: Augment,
+        remote: Remote | None = None,
+        meter: Meter | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Open the manifest; local shards without one are indexed first.
 
@@ -34,12 +42,13 @@ class Tars:
             augment: how random the views of training are.
             remote: how remote shards are fetched.
             meter: told what reading and decoding cost.
+            say: told when shards have to be indexed first.
 
         Raises:
             UserError: nothing is found, a shard is damaged or no tar, or there is nothing to train on.
         """
         self.name = spec
-        self.manifest: Manifest = open_manifest(spec)
+        self.manifest: Manifest = open_manifest(spec, say=say)
         self.size: int | None = self.manifest.size
         self.fingerprint = self.manifest.fingerprint
         self.remote = any("://" in self.manifest[number].url for number in range(len(self.manifest)))

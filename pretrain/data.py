@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from datasets.health import Meter
@@ -10,6 +10,7 @@ from datasets.loader import Feed
 from datasets.source import Source
 from datasets.sources import open_mixture, open_source
 from datasets.tars import Tars
+from datasets.weights import weight_at
 from pretrain.build import check_size, feeding
 from pretrain.config import Run
 
@@ -34,18 +35,39 @@ class Data:
                 return feed.source.samples_of(shard)
         return None
 
+    def described(self) -> list[str]:
+        """A line for each source of a mixture: its share at first, what it holds, what it feeds."""
+        if len(self.feeds) == 1:
+            return []
+        weights = {feed.name: weight_at(feed.weight, 0) for feed in self.feeds}
+        lines: list[str] = []
+        for feed in self.feeds:
+            share, size = weights[feed.name] / sum(weights.values()), feed.source.size
+            many = "endless" if size is None else f"{size:,} samples"
+            fed = ", ".join(self.objectives[feed.name])
+            lines.append(
+                f"  {feed.name}: {share:.0%} {feed.holding.holds} of {feed.source.name} ({many}) for {fed}"
+            )
+        return lines
 
-def open_data(run: Run) -> Data:
+
+def open_data(run: Run, *, say: Callable[[str], None] | None = None) -> Data:
     """Open every source, and check that it is enough.
+
+    Args:
+        run: which data.
+        say: told when shards have to be indexed first.
 
     Raises:
         UserError: data cannot be found or read, or hold not what is asked of them.
     """
     meter = Meter()
-    feeds = open_mixture(run.sources, seed=run.seed, augment=run.augment, remote=run.remote, meter=meter)
+    feeds = open_mixture(
+        run.sources, seed=run.seed, augment=run.augment, remote=run.remote, meter=meter, say=say
+    )
     shards = run.val not in ("", "scenes")
     val = (
-        open_source(run.val, seed=run.seed, split="test", augment=run.augment, remote=run.remote)
+        open_source(run.val, seed=run.seed, split="test", augment=run.augment, remote=run.remote, say=say)
         if shards
         else None
     )

@@ -50,7 +50,7 @@ class _Object(NamedTuple):
 
 @lru_cache(4096)
 def _find(url: str) -> _Object:
-    """An object and its size, asked for once: that a shard was replaced later shows in its checksums."""
+    """An object and its size, asked for once, and again after trouble."""
     core: Any = import_module("fsspec.core")
     system, path = core.url_to_fs(url)
     system.invalidate_cache(path)
@@ -60,7 +60,15 @@ def _find(url: str) -> _Object:
 def _blocks(found: _Object, begin: int, end: int, within: float) -> Iterator[bytes]:
     for at in range(begin, end, _BLOCK):
         upto = min(at + _BLOCK, end)
-        yield _bounded(lambda at=at, upto=upto: _block(found, at, upto), within)
+        try:
+            block = _bounded(lambda at=at, upto=upto: _block(found, at, upto), within)
+        except (PassingError, GoneError):
+            _find.cache_clear()  # the next attempt sees what has become of it
+            raise
+        yield block
+        if len(block) < upto - at:
+            _find.cache_clear()
+            return
 
 
 def _block(found: _Object, begin: int, end: int) -> bytes:

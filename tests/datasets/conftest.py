@@ -31,12 +31,11 @@ def pack():
 def make_shards(pack):
     """Write indexed shards of random bytes into a folder; gives their manifest, saved there too."""
 
-    def make(folder, *, shards=2, samples=130, size=300):
-        names = [
-            (f"{each:05d}.{suffix}", n)
-            for each in range(samples)
-            for suffix, n in (("jpg", size), ("txt", 20))
-        ]
+    def make(folder, *, shards=2, samples=130, size=300, apart=False):
+        parts = (("jpg", size), ("txt", 20))
+        names = [(f"{each:05d}.{suffix}", length) for each in range(samples) for suffix, length in parts]
+        if apart:  # all images before all texts
+            names.sort(key=lambda name: (name[0].rpartition(".")[2], name))
         indexed = []
         for number in range(shards):
             members = ((name, random.Random(f"{number} {name}").randbytes(length)) for name, length in names)

@@ -1,0 +1,244 @@
+import random
+import socket
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Timer
+from time import monotonic
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.errors import ShardError, UserError
+from datasets.health import Meter
+from datasets.remote import Remote, fetch, fetch_to, read_whole, shown, size_of
+from datasets.testing import BUSY, RESET, STALL, FaultServer, Misstep
+
+CONTENT = random.Random(1).randbytes(300_000)
+QUICK = Remote(deadline=20.0, stall=0.3)
+SHORT = Remote(deadline=0.8, stall=0.2)
+PASSING = {
+    "reset": RESET,
+    "reset in the body": Misstep(after=70_000, then="reset"),
+    "stall": STALL,
+    "stall in the body": Misstep(after=70_000, then="stall"),
+    "503": BUSY,
+    "500": Misstep(status=500),
+    "408": Misstep(status=408),
+    "429": Misstep(status=429, headers=(("Retry-After", "0"),)),
+    "truncated, length known": Misstep(after=70_000),
+    "truncated, length unknown": Misstep(after=70_000, length=False),
+    "nothing": Misstep(after=0, length=False),
+    "wrong range": Misstep(shift=100),
+}
+
+
+@pytest.fixture
+def server(fault_server):
+    (fault_server.folder / "a.tar").write_bytes(CONTENT)
+    (fault_server.folder / "empty").write_bytes(b"")
+    return fault_server
+
+
+@pytest.mark.parametrize("misstep", PASSING.values(), ids=PASSING)
+def test_what_passes_changes_nothing(server, misstep):
+    meter = Meter()
+    server.script("a.tar", misstep, misstep)
+    got = fetch(server.url("a.tar"), 1000, 250_000, remote=QUICK, meter=meter, size=len(CONTENT))
+    assert got == CONTENT[1000:250_000]
+    taken = meter.take()
+    assert taken["retry"] == 2
+    assert taken["fetch_count"] == 1
+    assert taken["fetch_bytes"] == 249_000  # what had come is not asked for again
+    assert server.requests[-1][2] == 250_000
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    data=st.data(),
+    script=st.lists(st.sampled_from([RESET, BUSY, *PASSING.values()]).filter(lambda m: m.then != "stall")),
+)
+def test_any_range_comes_through_any_weather(tmp_path_factory, data, script):
+    begin = data.draw(st.integers(0, len(CONTENT)))
+    end = data.draw(st.integers(begin, len(CONTENT)))
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "a.tar").write_bytes(CONTENT)
+    with FaultServer(folder) as server:
+        server.script("a.tar", *script[:3])
+        assert fetch(server.url("a.tar"), begin, end, remote=QUICK) == CONTENT[begin:end]
+
+
+@pytest.mark.parametrize("misstep", PASSING.values(), ids=PASSING)
+def test_what_does_not_pass_is_given_up_in_time(server, misstep):
+    server.always("a.tar", replace(misstep, after=0) if misstep.after else misstep)
+    start = monotonic()
+    with pytest.raises(ShardError, match=r"1:\d+/a.tar could not be read within 0.8 s: .*--remote.dead"):
+        fetch(server.url("a.tar"), 0, 1000, remote=SHORT)
+    assert monotonic() - start < 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 418])
+def test_a_refusal_is_final(server, status):
+    server.always("a.tar", Misstep(status=status))
+    with pytest.raises(ShardError, match=rf"a.tar cannot be read: the server said {status} ") as raised:
+        fetch(server.url("a.tar"), 0, 10, remote=QUICK)
+    assert len(server.requests) == 1
+    assert str(raised.value).count(". ") == 0
+
+
+def test_a_range_that_is_not_there_is_final(server):
+    with pytest.raises(ShardError, match=r"the server said 416 .*: it has 300000 bytes"):
+        fetch(server.url("a.tar"), 300_000, 300_010, remote=QUICK)
+    assert len(server.requests) == 1
+
+
+def test_another_size_is_final(server):
+    with pytest.raises(ShardError, match="it has 300000 bytes, and had 400000 when it was indexed"):
+        fetch(server.url("a.tar"), 0, 10, remote=QUICK, size=400_000)
+    assert len(server.requests) == 1
+
+
+def test_an_object_that_is_replaced_between_two_attempts_is_refused(server):
+    server.script("a.tar", Misstep(after=100, then="stall"))
+    Timer(0.1, (server.folder / "a.tar").write_bytes, [CONTENT[:-1]]).start()
+    with pytest.raises(ShardError, match="it has 299999 bytes, and had 300000"):
+        fetch(server.url("a.tar"), 0, 200_000, remote=QUICK, size=len(CONTENT))
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_server_that_knows_no_ranges_is_read_from_its_start(server, length):
+    server.always("a.tar", Misstep(ranges=False, length=length))
+    assert fetch(server.url("a.tar"), 5000, 9000, remote=QUICK) == CONTENT[5000:9000]
+    assert read_whole(server.url("a.tar"), remote=QUICK) == CONTENT
+
+
+def test_a_long_trickle_ends_at_the_deadline(server):
+    """Bytes keep coming, so that nothing stalls, and still it ends."""
+    server.always("a.tar", Misstep(pause=0.15))
+    with pytest.raises(ShardError, match=r"within 0.8 s: it comes too slowly"):
+        fetch(server.url("a.tar"), 0, 300_000, remote=SHORT)
+
+
+def test_a_server_that_asks_to_wait_too_long_is_not_waited_for(server):
+    server.always("a.tar", Misstep(status=503, headers=(("Retry-After", "3600"),)))
+    with pytest.raises(ShardError, match="503 Service Unavailable"):
+        fetch(server.url("a.tar"), 0, 10, remote=QUICK)
+    assert len(server.requests) == 1
+
+
+def test_a_server_is_given_the_time_it_asks_for(server):
+    server.script("a.tar", Misstep(status=429, headers=(("Retry-After", "1"),)))
+    start = monotonic()
+    assert fetch(server.url("a.tar"), 0, 10, remote=QUICK) == CONTENT[:10]
+    assert monotonic() - start >= 1
+
+
+def test_a_date_is_understood_too():
+    from datasets.web import _seconds
+
+    assert _seconds("Fri, 31 Dec 1999 23:59:59 GMT") == 0
+    assert _seconds("Fri, 31 Dec 2399 23:59:59 GMT") > 1e9
+    assert _seconds("soon") == _seconds("") == 0
+
+
+def test_redirects_are_followed_but_not_for_ever(server):
+    server.script("b.tar", Misstep(status=302, headers=(("Location", server.url("a.tar")),)))
+    assert fetch(server.url("b.tar"), 7, 20, remote=QUICK) == CONTENT[7:20]
+    server.always("b.tar", Misstep(status=302, headers=(("Location", server.url("b.tar")),)))
+    with pytest.raises(ShardError, match="redirects"):
+        fetch(server.url("b.tar"), 7, 20, remote=QUICK)
+
+
+def test_nobody_listening_is_given_up(server):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
+    with pytest.raises(ShardError, match="Connection refused"):
+        fetch(url, 0, 10, remote=SHORT)
+
+
+def test_an_unknown_host_is_given_up_early(monkeypatch):
+    asked = []
+
+    def unknown(*arguments, **named):
+        asked.append(arguments)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("datasets.remote._FIRST_PAUSE", 0.001)
+    with pytest.raises(ShardError, match="its host is unknown"):
+        fetch("http://no.such.host/a.tar", 0, 10, remote=Remote(deadline=1000))
+    assert len(asked) == 6
+
+
+def test_whole_objects(server, tmp_path):
+    url = server.url("a.tar")
+    assert size_of(url, remote=QUICK) == len(CONTENT)
+    assert size_of(server.url("empty"), remote=QUICK) == 0
+    assert read_whole(url, remote=QUICK) == CONTENT
+    assert read_whole(server.url("empty"), remote=QUICK) == b""
+    server.script(
+        "a.tar", BUSY, Misstep(), Misstep(after=70_000, then="reset"), Misstep(after=9000, then="stall")
+    )
+    assert fetch_to(url, tmp_path / "copy", remote=QUICK) == len(CONTENT)
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    assert [begin for _, begin, _ in server.requests[-2:]] == [70_000, 79_000]
+
+
+def test_a_long_object_has_a_deadline_for_each_piece(server, tmp_path, monkeypatch):
+    """It takes longer than the deadline in all, and comes."""
+    monkeypatch.setattr("datasets.remote.PIECE", 20_000)
+    server.always("a.tar", Misstep(pause=0.1))
+    remote = Remote(deadline=0.9, stall=0.5)
+    start = monotonic()
+    assert fetch_to(server.url("a.tar"), tmp_path / "copy", remote=remote) == len(CONTENT)
+    assert monotonic() - start > 0.9
+
+
+def test_a_size_that_is_not_said(server):
+    server.always("a.tar", Misstep(ranges=False, length=False))
+    with pytest.raises(ShardError, match="does not say how large it is"):
+        size_of(server.url("a.tar"), remote=QUICK)
+
+
+def test_stopping_ends_a_wait(server):
+    server.always("a.tar", BUSY)
+    stop = Event()
+    Timer(0.2, stop.set).start()
+    with pytest.raises(ShardError, match="reading was stopped"):
+        fetch(server.url("a.tar"), 0, 10, remote=Remote(deadline=1000), stop=stop)
+
+
+def test_what_no_library_reads_is_refused():
+    for url in ("ftp://host/a.tar", "pipe://cat", "file:///etc/passwd", "hdfs://a/b"):
+        with pytest.raises(UserError, match="give gs, http, https, s3 or a local path"):
+            fetch(url, 0, 10, remote=QUICK)
+
+
+def test_messages_show_no_secret():
+    assert shown("https://me:secret@host:81/a/b.tar?X-Signature=abc#x") == "https://host:81/a/b.tar"
+    with pytest.raises(ShardError) as raised:
+        fetch("http://me:secret@127.0.0.1:9/a.tar?signature=abc", 0, 10, remote=SHORT)
+    assert "secret" not in str(raised.value)
+    assert "signature" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": 0.1}, "at least 0.25"),
+        ({"cache": float("nan")}, "at least"),
+        ({"stall": 0.0}, "stall is 0: give"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(UserError, match=message):
+        Remote(**settings).check()
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert Remote().place() == Path("/x/medley/shards")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Remote().place() == Path.home() / ".cache/medley/shards"
+    assert Remote(folder="/fast").place() == Path("/fast")

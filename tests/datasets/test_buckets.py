@@ -90,7 +90,7 @@ def test_an_object_that_shrank_is_refused(bucket):
 class Moody(fsspec.AbstractFileSystem):
     """One object, and what happens on each call in turn."""
 
-    protocol = "s3"
+    protocol = ("s3", "gs")
     cachable = False
     moods: ClassVar[list] = []
 
@@ -115,10 +115,12 @@ def moody(monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK", 100_000)
     monkeypatch.setattr(Moody, "moods", [])
     before = dict(fsspec.registry)
-    fsspec.register_implementation("s3", Moody, clobber=True)
+    for scheme in ("s3", "gs"):
+        fsspec.register_implementation(scheme, Moody, clobber=True)
     buckets._find.cache_clear()
     yield Moody
-    fsspec.register_implementation("s3", before.get("s3", "s3fs.S3FileSystem"), clobber=True)
+    for scheme, library in (("s3", "s3fs.S3FileSystem"), ("gs", "gcsfs.GCSFileSystem")):
+        fsspec.register_implementation(scheme, before.get(scheme, library), clobber=True)
     buckets._find.cache_clear()
 
 
@@ -158,6 +160,11 @@ def test_a_refusal_is_final(moody, mood, message):
     with pytest.raises(ShardError, match=rf"s3://b/a.tar cannot be read: {message}"):
         fetch("s3://b/a.tar", 0, 1000, remote=QUICK)
     assert not moody.moods
+
+
+def test_objects_of_google(moody):
+    assert fetch("gs://b/a.tar", 1000, 290_000, remote=QUICK, size=len(CONTENT)) == CONTENT[1000:290_000]
+    assert size_of("gs://b/a.tar", remote=QUICK) == len(CONTENT)
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec import registry
 
 from datasets import buckets
 from datasets.errors import ShardError, UserError
@@ -114,13 +115,10 @@ class NoCredentialsError(Exception):
 def moody(monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK", 100_000)
     monkeypatch.setattr(Moody, "moods", [])
-    before = dict(fsspec.registry)
     for scheme in ("s3", "gs"):
-        fsspec.register_implementation(scheme, Moody, clobber=True)
+        monkeypatch.setitem(registry._registry, scheme, Moody)
     buckets._find.cache_clear()
     yield Moody
-    for scheme, library in (("s3", "s3fs.S3FileSystem"), ("gs", "gcsfs.GCSFileSystem")):
-        fsspec.register_implementation(scheme, before.get(scheme, library), clobber=True)
     buckets._find.cache_clear()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasets.scan import Members
+from datasets.scan import Members, Problem
 
 IMAGE, TEXT, RECORD, NUMBER = range(4)
 PARTS = ("image", "text", "record", "number")
@@ -22,7 +22,7 @@ _SUFFIXES = {
     "json": RECORD,
     "cls": NUMBER,
 }
-_Blame = dict[str, tuple[str, int]]  # by key: why, and which member
+_Blame = dict[str, tuple[str, int, str]]  # by key: kind, which member, why
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,8 @@ class Samples:
     """Printable and unique."""
     parts: tuple[list[int], list[int], list[int], list[int]]
     """For image, text, record and number: which member it is, or -1."""
-    faults: dict[int, str]
-    """By number: why a sample cannot be used, whatever is asked of it."""
-    places: dict[int, int]
-    """By number, of those at fault: offset of the member that is to blame."""
+    faults: dict[int, Problem]
+    """By number: why a sample cannot be used, whatever is asked of it, and where that shows."""
 
 
 def group(members: Members) -> Samples:
@@ -57,9 +55,10 @@ def group(members: Members) -> Samples:
             entry[part] = number
         else:
             reason = f"{printable(names[before])} and {printable(names[number])} are both its {PARTS[part]}"
-            blame.setdefault(key, (reason, number))
+            blame.setdefault(key, ("duplicate", number, reason))
         if odd and number in odd:
-            blame.setdefault(key, (f"{printable(names[number])} is {odd[number]}, not a file", number))
+            reason = f"{printable(names[number])} is {odd[number]}, not a file"
+            blame.setdefault(key, ("no file", number, reason))
     if members.sizes and max(members.sizes) > LARGEST:
         _blame_large(members, found, blame)
     return _samples(members, found, blame)
@@ -115,23 +114,25 @@ def _blame_large(members: Members, found: dict[str, list[int]], blame: _Blame) -
     for key, entry in found.items():
         for part, number in enumerate(entry):
             if number >= 0 and (size := members.sizes[number]) > LARGEST:
-                name = printable(members.names[number])
-                blame.setdefault(key, (f"{name} has {size} bytes, more than {LARGEST}", number))
+                reason = f"{printable(members.names[number])} has {size} bytes, more than {LARGEST}"
+                blame.setdefault(key, ("too large", number, reason))
                 entry[part] = -1
 
 
 def _samples(members: Members, found: dict[str, list[int]], blame: _Blame) -> Samples:
     columns = tuple([entry[part] for entry in found.values()] for part in range(4))
-    rows = {key: row for row, key in enumerate(found)} if blame else {}
-    faults = {rows[key]: reason for key, (reason, _) in blame.items()}
-    places = {rows[key]: members.offsets[number] for key, (_, number) in blame.items()}
     keys = [printable(key) for key in found]
     if len(set(keys)) < len(keys):  # a broken byte, and the same written out as an escape
         seen: set[str] = set()
-        for row, key in enumerate(keys):
-            if key in seen:
-                faults[row] = f"another sample's name also reads {key}"
-                places[row] = members.offsets[next(each for each in list(found.values())[row] if each >= 0)]
-                keys[row] = f"{key} ({row})"
+        for row, (raw, entry) in enumerate(found.items()):
+            if keys[row] in seen:
+                reason = f"another sample's name also reads {keys[row]}"
+                blame.setdefault(raw, ("name", next(each for each in entry if each >= 0), reason))
+                keys[row] = f"{keys[row]} ({row})"
             seen.add(keys[row])
-    return Samples(keys, (columns[0], columns[1], columns[2], columns[3]), faults, places)
+    rows = {key: row for row, key in enumerate(found)} if blame else {}
+    faults = {
+        rows[raw]: Problem(kind, members.offsets[number], reason, keys[rows[raw]])
+        for raw, (kind, number, reason) in blame.items()
+    }
+    return Samples(keys, (columns[0], columns[1], columns[2], columns[3]), faults)

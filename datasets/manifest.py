@@ -102,8 +102,7 @@ class Manifest:
         if len(set(urls)) < len(urls):
             twice = next(url for url, count in Counter(urls).items() if count > 1)
             raise UserError(f"{twice} is named twice: name every shard once")
-        root = os.path.commonprefix(urls)  # noqa: RUF071 (of URLs too; cut at a slash below)
-        root = root[: root.rfind("/") + 1]
+        root = shared(urls)
         return cls(
             root,
             (url[len(root) :] for url in urls),
@@ -275,6 +274,12 @@ class _Strings:
         hashed.update(self._all)
 
 
+def shared(urls: list[str]) -> str:
+    """The folder, with its slash, that paths or URLs share; nothing if there is none."""
+    prefix = os.path.commonprefix(urls)  # noqa: RUF071 (a slash ends it)
+    return prefix[: prefix.rfind("/") + 1]
+
+
 def _from(folder: str, path: str) -> str:
     """A path or URL that is told from `folder`."""
     if path.startswith("/") and "://" in folder:
@@ -313,15 +318,16 @@ def open_manifest(spec: str, *, say: Callable[[str], None] | None = None) -> Man
         UserError: nothing is found, a shard is damaged or named twice, there are no samples, or a remote
             shard is named without a manifest.
     """
-    from datasets.opening import is_manifest, shards  # which index: reading a manifest needs none of that
+    from datasets import opening  # which indexes: reading a manifest needs none of that
 
     names = named(spec)
-    if len(names) == 1 and is_manifest(names[0]):
+    if len(names) == 1 and opening.is_manifest(names[0]):
         manifest = Manifest.load(names[0])
     else:
-        manifest = Manifest.of(shards(names, say))
+        manifest = Manifest.of(opening.shards(names, say))
     if not manifest.size:
         raise UserError(
-            f"{spec} has no samples: a sample is KEY.jpg (.jpeg, .png, .webp), .txt, .json or .cls"
+            f"{spec} has no samples: a sample is KEY.jpg (.jpeg, .png, .webp), KEY.txt, KEY.json or KEY.cls"
+            + (opening.held(manifest))
         )
     return manifest

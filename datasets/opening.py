@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 
 from datasets.errors import UserError
-from datasets.indexing import Job, Outcome, index_all, shown_url, standing
+from datasets.grouping import printable
+from datasets.indexing import Job, Outcome, cores, index_one, shown_url, standing
 from datasets.manifest import Manifest, Shard
 from datasets.remote import is_remote
+from datasets.scan import scan
 from datasets.sidecar import Head
+from datasets.spread import spread
 
+_THREADS = 8  # more share one interpreter to no gain
 _FEW = 3  # damaged shards that are named
 
 
@@ -54,7 +59,7 @@ def damaged(outcomes: list[Outcome]) -> str:
     """In one sentence, which shards are damaged, where and how; nothing if none is."""
     found = [
         f"{shown_url(job.url)} at byte {problem.offset} ({problem.kind}: {problem.reason})"
-        for job, _, problem, _ in outcomes
+        for job, _, problem, *_ in outcomes
         if problem is not None
     ]
     if not found:
@@ -67,12 +72,24 @@ def damaged(outcomes: list[Outcome]) -> str:
     )
 
 
+def held(manifest: Manifest) -> str:
+    """What the first shard holds, if it is a local one."""
+    if manifest.remote or not len(manifest):
+        return ""
+    first = manifest[0].url
+    suffixes = Counter(Path(name).suffix or "suffixless" for name in scan(Path(first)).members.names)
+    holds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in suffixes.most_common(5))
+    return f"; {first} holds {f'{holds} members' if holds else 'nothing'}"
+
+
 def _indexed(jobs: list[Job], say: Callable[[str], None] | None) -> dict[str, Head]:
     """Index what is local, with threads: this may be any program."""
     began = monotonic()
     if say is not None:
         say(f"indexing {len(jobs)} shards of {jobs[0].url.rpartition('/')[0]} on first use")
-    outcomes = index_all(jobs, workers=min(os.cpu_count() or 1, 8), processes=False, say=say)
+    outcomes = spread(
+        index_one, jobs, verb="indexed", workers=min(cores(), _THREADS), processes=False, say=say
+    )
     if broken := damaged(outcomes):
         raise UserError(broken)
     heads = {outcome.job.url: outcome.head for outcome in outcomes if outcome.head is not None}

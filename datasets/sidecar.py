@@ -11,7 +11,7 @@ small, and a map of a file that is replaced on a network file system kills the p
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -184,6 +184,9 @@ class Table:
     def __len__(self) -> int:
         return self._head.samples
 
+    def __iter__(self) -> Iterator[Row]:
+        return (self[row] for row in range(len(self)))
+
     def __getitem__(self, row: int) -> Row:
         if not 0 <= row < self._head.samples:
             raise IndexError(row)
@@ -250,7 +253,7 @@ def write(path: Path, scan: Scan, samples: Samples, *, mtime_ns: int) -> Head:
     keys = [key.encode() for key in samples.keys]
     hashes = b"".join(blake2b(key, digest_size=8).digest() for key in keys)
     rows = sorted(samples.faults)
-    texts = [samples.faults[row].encode() for row in rows]
+    texts = [samples.faults[row].reason.encode() for row in rows]
     body += [hashes, _ends(keys), *keys, np.array(rows, "<u4").tobytes(), _ends(texts), *texts]
     content = b"".join(body)
     head = Head(

@@ -23,7 +23,7 @@ def grouped(names, **more):
         key: tuple(listed.names[column[row]] if column[row] >= 0 else "" for column in samples.parts)
         for row, key in enumerate(samples.keys)
     }
-    return parts, {samples.keys[row]: fault for row, fault in samples.faults.items()}
+    return parts, {samples.keys[row]: fault.reason for row, fault in samples.faults.items()}
 
 
 def test_parts_are_told_by_their_suffix_in_any_case():

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
-from fsspec import registry
+from fsspec.registry import _registry
 
 from datasets import buckets
 from datasets.errors import ShardError, UserError
@@ -116,7 +116,7 @@ def moody(monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK", 100_000)
     monkeypatch.setattr(Moody, "moods", [])
     for scheme in ("s3", "gs"):
-        monkeypatch.setitem(registry._registry, scheme, Moody)
+        monkeypatch.setitem(_registry, scheme, Moody)
     buckets._find.cache_clear()
     yield Moody
     buckets._find.cache_clear()

@@ -20,6 +20,7 @@ from pretrain import checkpoint, runfile
 from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
+from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
@@ -113,13 +114,9 @@ def build(
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
         saved = found.load()
-        before, now = Standing.of(saved.state), standing
-        allowed = command.allow_changed
-        standing = now.resumed(before, curriculum, allowed=allowed)
-        changed = [
-            *changed,
-            *ranks.on_zero(lambda: changes(data.feeds, before, now, rundir, allowed=allowed)),
-        ]
+        before = Standing.of(saved.state)
+        standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
+        changed = [*changed, *differing]
         restore(saved.tensors, pretrainer, optimizer)
     # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: _record(command, data, rundir))
@@ -138,11 +135,7 @@ def build(
             device=ranks.device.type,
             changed=changed,
         )
-        screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
-        sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
-        if run.wandb.wanted() != "disabled":
-            sinks.append(Mirrored(rundir, say=screen.note))
-        sink = Fanout(sinks)
+        sink = _sinks(run, rundir, curriculum, standing)
     stack.callback(sink.close)
     allowed_changes = [f"allowed: {words}" for words in changed]
     for message in [*messages, *allowed_changes, *introduction(command, curriculum, standing)]:
@@ -167,6 +160,34 @@ def build(
         quarantine=quarantine,
         meter=data.meter,
     )
+
+
+def _resume(
+    command: Command,
+    curriculum: Curriculum,
+    data: Data,
+    before: Standing,
+    now: Standing,
+    rundir: RunDir,
+    ranks: Ranks,
+) -> tuple[Standing, list[str]]:
+    """Where a checkpoint stands with the data that are here now, and in words what of them has changed.
+
+    Raises:
+        UserError: something has changed that may not.
+    """
+    allowed = command.allow_changed
+    named = ranks.on_zero(lambda: changes(data.feeds, before, now, rundir, allowed=allowed))
+    return now.resumed(before, curriculum, allowed=allowed), named
+
+
+def _sinks(run: Run, rundir: RunDir, curriculum: Curriculum, standing: Standing) -> Fanout:
+    """Who is told of the run, on rank zero."""
+    screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
+    sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
+    if run.wandb.wanted() != "disabled":
+        sinks.append(Mirrored(rundir, say=screen.note))
+    return Fanout(sinks)
 
 
 def _claim(command: Command, stack: ExitStack) -> list[str]:

@@ -63,11 +63,15 @@ class Cache:
             os.close(descriptor)
 
     def holds(self, name: str, whole: int) -> bool:
-        """Whether a file is here with that many bytes."""
+        """Whether a file is here with that many bytes; it is used soon."""
+        path = self.folder / name
         try:
-            return (self.folder / name).stat().st_size == whole
+            found = path.stat().st_size == whole
         except FileNotFoundError:
             return False
+        with suppress(OSError):
+            os.utime(path)
+        return found
 
     def drop(self, name: str) -> None:
         """Delete a file that proved wrong."""

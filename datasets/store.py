@@ -211,7 +211,7 @@ class Store:
         try:
             for piece in self._runs(number)[1].pieces(run):
                 self._fetcher().ensure(shard, piece)
-        except (ShardError, ValueError, OSError):  # the reader of this run will say so
+        except (ValueError, OSError):  # the reader of this run will say so
             self._meter.add("ahead_failed")
 
 

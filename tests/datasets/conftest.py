@@ -54,8 +54,9 @@ def _indexed(path):
 
 
 @pytest.fixture
-def fault_server(tmp_path):
+def fault_server(tmp_path, monkeypatch):
     """A server of the folder `served`, which fails when it is told to."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     folder = tmp_path / "served"
     folder.mkdir()
     with FaultServer(folder) as server:

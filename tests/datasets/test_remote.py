@@ -1,18 +1,23 @@
 import random
 import socket
+import ssl
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 from time import monotonic
+from urllib.parse import quote
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.answer import GoneError
 from datasets.errors import ShardError, UserError
 from datasets.health import Meter
 from datasets.remote import Remote, fetch, fetch_to, read_whole, shown, size_of
 from datasets.testing import BUSY, RESET, STALL, FaultServer, Misstep
+from datasets.web import _explained, _seconds
 
 CONTENT = random.Random(1).randbytes(300_000)
 QUICK = Remote(deadline=20.0, stall=0.3)
@@ -134,8 +139,6 @@ def test_a_server_is_given_the_time_it_asks_for(server):
 
 
 def test_a_date_is_understood_too():
-    from datasets.web import _seconds
-
     assert _seconds("Fri, 31 Dec 1999 23:59:59 GMT") == 0
     assert _seconds("Fri, 31 Dec 2399 23:59:59 GMT") > 1e9
     assert _seconds("soon") == _seconds("") == 0
@@ -169,6 +172,22 @@ def test_an_unknown_host_is_given_up_early(monkeypatch):
     with pytest.raises(ShardError, match="its host is unknown"):
         fetch("http://no.such.host/a.tar", 0, 10, remote=Remote(deadline=1000))
     assert len(asked) == 6
+
+
+def test_a_certificate_that_is_not_accepted_is_final():
+    """As httpx wraps it: the reason lies two exceptions below."""
+    cause = ssl.SSLCertVerificationError()
+    cause.verify_message = "self-signed certificate"
+    error, between = httpx.ConnectError("no"), OSError()
+    error.__cause__, between.__context__ = between, cause
+    assert str(_explained(error)) == "its certificate is not accepted (self-signed certificate)"
+    assert isinstance(_explained(error), GoneError)
+
+
+def test_names_with_spaces_and_other_scripts(server):
+    for name in ("a b.tar", "日本.tar", "100%.tar"):
+        (server.folder / quote(name)).write_bytes(CONTENT)
+        assert fetch(server.url(quote(name)), 3, 9, remote=QUICK) == CONTENT[3:9]
 
 
 def test_whole_objects(server, tmp_path):

@@ -52,6 +52,8 @@ class FaultServer:
         self.folder = folder
         self.requests: list[tuple[str, int, int]] = []
         """What was asked for, in order: name, begin, end (-1: open)."""
+        self.connections = 0
+        """Made so far."""
         self._script: defaultdict[str, deque[Misstep]] = defaultdict(deque)
         self._always: dict[str, Misstep] = {}
         self._lock = Lock()
@@ -85,6 +87,11 @@ class FaultServer:
             if misstep is not None:
                 self._always[name] = misstep
 
+    def connected(self) -> None:
+        """Note a connection."""
+        with self._lock:
+            self.connections += 1
+
     def next(self, name: str, begin: int, end: int) -> Misstep:
         """Note a request; gives how it is answered."""
         with self._lock:
@@ -108,6 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 0
     server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.faults.connected()
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].lstrip("/")

@@ -63,18 +63,29 @@ def _answer(response: httpx.Response, begin: int, end: int | None) -> Answer:
     status, said = response.status_code, f"the server said {response.status_code} {response.reason_phrase}"
     found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     total = int(found[3]) if found and found[3] != "*" else None
+    told = response.headers.get("Content-Length", "")
+    length = int(told) if told.isdecimal() else None
     if status == 206:
         if found and found[1] and (int(found[1]) != begin or (end is not None and int(found[2]) >= end)):
             raise PassingError(f"the server sent {found[0]} instead of the range it was asked for")
-        return Answer(total, response.iter_raw())
+        return Answer(total, _ended(response.iter_raw(), length))
     if status == 200:  # the whole of it: a simple server knows no ranges
-        length = response.headers.get("Content-Length", "")
-        return Answer(int(length) if length.isdecimal() else None, _skip(response.iter_raw(), begin))
+        return Answer(length, _skip(response.iter_raw(), begin))
     if status == 416 and total == begin == 0:
         return Answer(0, iter(()))
     if status in _TRY_AGAIN or status >= 500:
         raise PassingError(said, pause=_seconds(response.headers.get("Retry-After", "")))
     raise GoneError(said if total is None else f"{said}: it has {total} bytes")
+
+
+def _ended(chunks: Iterator[bytes], length: int | None) -> Iterator[bytes]:
+    """The same; the last one comes when the answer has ended, so that its connection can be used again."""
+    came = 0
+    for chunk in chunks:
+        came += len(chunk)
+        if came == length:
+            next(chunks, None)
+        yield chunk
 
 
 def _skip(chunks: Iterator[bytes], count: int) -> Iterator[bytes]:

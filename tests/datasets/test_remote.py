@@ -190,6 +190,12 @@ def test_names_with_spaces_and_other_scripts(server):
         assert fetch(server.url(quote(name)), 3, 9, remote=QUICK) == CONTENT[3:9]
 
 
+def test_a_connection_is_kept(server):
+    for begin in range(0, 200_000, 20_000):
+        fetch(server.url("a.tar"), begin, begin + 90_000, remote=QUICK)
+    assert server.connections == 1
+
+
 def test_whole_objects(server, tmp_path):
     url = server.url("a.tar")
     assert size_of(url, remote=QUICK) == len(CONTENT)

@@ -157,9 +157,10 @@ def _alone(path: Path) -> Generator[None]:
     """Hold the lock of a sidecar; the kernel frees that of a process that dies."""
     lock = path.with_name(f"{path.name}.lock")
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.parent.stat().st_mode & 0o222:  # which would not stop root, as in a container
+        there = next(folder for folder in path.parents if folder.is_dir())
+        if not there.stat().st_mode & 0o222:  # which would not stop root, as in a container
             raise PermissionError(errno.EACCES, "the folder is read-only")
+        path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with _writing(path):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

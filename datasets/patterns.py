@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -13,7 +14,8 @@ from braceexpand import braceexpand
 from datasets.errors import UserError
 
 _BETWEEN = re.compile(r",(?![^{}]*\})")  # commas, but not those within braces
-_MOST = 10_000_000  # shards that one brace range may name
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+_MOST = 1_000_000  # shards that one brace range may name
 
 
 def named(spec: str) -> list[str]:
@@ -40,11 +42,12 @@ def named(spec: str) -> list[str]:
 
 def _braces(pattern: str) -> list[str]:
     try:
-        expanded = list(islice(braceexpand(pattern), _MOST + 1))
+        count = prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+        expanded = list(islice(braceexpand(pattern), _MOST)) if count <= _MOST else []
     except ValueError as error:
         raise UserError(f"{pattern} has braces that do not match") from error
-    if len(expanded) > _MOST:
-        raise UserError(f"{pattern} names more than {_MOST} shards")
+    if not 0 < len(expanded) < _MOST:
+        raise UserError(f"{pattern} names a million shards or more: write several manifests")
     return expanded
 
 

@@ -216,9 +216,9 @@ def _belongs(
     named = [words for _, words in differences]
     if allow_changed and not fixed:
         return before, named
-    which = f", which differs in {'; '.join(_few(fixed or named))}" if named else ""
+    which = f"differs in {'; '.join(_few(fixed or named))}" if named else "names its parts in another order"
     way = ", or go on in spite of it with --allow-changed" if named and not fixed else ""
-    raise UserError(f"{run.root} belongs to another run{which}: choose another --out{way}")
+    raise UserError(f"{run.root} belongs to another run, which {which}: choose another --out{way}")
 
 
 def _has_content(path: Path) -> bool:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("medley", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("medley")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of the mirror say otherwise
 
 

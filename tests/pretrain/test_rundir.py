@@ -32,7 +32,10 @@ def test_first_use_writes_the_run_and_the_same_run_comes_back(tmp_path):
 
 def test_where_things_lie(tmp_path):
     run = RunDir(tmp_path)
-    paths = (run.run_yaml, run.checkpoints, run.plots, run.metrics, run.ledger, run.tokenizer)
+    paths = (
+        run.run_yaml, run.checkpoints, run.plots, run.metrics, run.ledger, run.tokenizer,
+        run.manifests, run.quarantine,
+    )  # fmt: skip
     assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
         "run.yaml",
         "checkpoints",
@@ -40,6 +43,8 @@ def test_where_things_lie(tmp_path):
         "metrics.jsonl",
         "ledger",
         "tokenizer.json",
+        "manifests",
+        "quarantine.jsonl",
     ]
 
 
@@ -78,11 +83,11 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path):
     open_run(tmp_path, text(), identity="a1").close()
 
 
-def test_many_differences_are_counted_and_none_needs_no_list(tmp_path):
+def test_many_differences_are_counted_and_none_is_another_order(tmp_path):
     trained(tmp_path)
     with pytest.raises(UserError, match=r"a \(.*; b \(.*; c \(.*; and 2 more"):
         open_run(tmp_path, text(a=1, b=2, c=3, d=4, e=5), identity="b2")
-    with pytest.raises(UserError, match="another run: choose"):
+    with pytest.raises(UserError, match="names its parts in another order: choose"):
         open_run(tmp_path, text(), identity="b2")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets import sources
 from datasets.errors import UserError
 from datasets.scenes import Scenes
 from objectives.base import Pass
@@ -274,7 +275,7 @@ def test_a_run_without_anything_to_judge_ends_well(tmp_path, capsys, monkeypatch
 
 def test_too_little_data_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     scenes = Scenes(size=5)
-    monkeypatch.setattr(launch, "open_source", lambda *_, **__: scenes)
+    monkeypatch.setattr(sources, "open_source", lambda *_, **__: scenes)
     assert launch.main(command(tmp_path / "run")) == launch.USER_ERROR
     assert "scenes has 5 samples, too few for one batch of 8" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -317,7 +318,7 @@ def test_a_mistake_is_one_sentence_and_code_2(tmp_path, capsys, more, sentence):
 def test_an_objective_that_the_source_or_the_model_cannot_serve_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(LM, "needs", frozenset({"image", "text", "sound"}))
     assert launch.main(command(tmp_path / "a")) == launch.USER_ERROR
-    assert "objective 'lm' needs sound, which scenes does not hold" in capsys.readouterr().err
+    assert "objective 'lm' needs sound, which scenes does not give as captions" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(LM, "passes", (Pass("image_tokens", image="masked", text="none"),))
     assert launch.main(command(tmp_path / "b")) == launch.USER_ERROR

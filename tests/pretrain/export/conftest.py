@@ -18,7 +18,7 @@ from pretrain.build import build_pretrainer
 from pretrain.config import Run, Stage
 from pretrain.distributed import Ranks
 from pretrain.rundir import RunDir, record
-from pretrain.state import Standing, capture
+from pretrain.state import Known, Standing, capture
 from pretrain.zoo.models import DualConfig, OpenClipConfig, SmallText, own_tokenizer
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -112,7 +112,8 @@ def make_run(tmp_path, monkeypatch, words):
             for parameter in pretrainer.parameters():  # what begins as zeros or ones shall be seen too
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
         step = 2 * len(resolutions)
-        standing = Standing(data="f00d", tokenizer=tokenizer.fingerprint, step=step, position=8 * step)
+        data = {"data": Known(fingerprint="f00d", size=None)}
+        standing = Standing(data=data, tokenizer=tokenizer.fingerprint, step=step, samples=8 * step)
         nothing = torch.optim.AdamW(pretrainer.parameters())
         checkpoint.save(rundir.checkpoints, step, capture(pretrainer, nothing), standing.plain())
         return root

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from datasets.scenes import Scenes
+from datasets.sources import SourceConfig
 from pretrain import runfile
 from pretrain.evaluate.subject import load_subject
 from pretrain.export.__main__ import export
@@ -49,13 +49,18 @@ def test_a_card_is_filled_in(make_run, tmp_path, to):
     assert {"medley", "clip", "itc"} <= set(header["tags"])
     assert "# mine" in title
     assert f"Medley {version()} (itc) on 16 samples of `scenes`" in title
-    assert dict(row[:2] for row in rows(parts["Data"])[2:]) == {
-        "trained on": "`scenes`",
-        "samples": "drawn without end, but the data have changed since",
-        "fingerprint": "`f00d`",
-        "captions of a sample": "one",
-        "evaluated on": "scenes of their own",
-    }
+    header, _, *listed = rows(parts["Data"])
+    assert [dict(zip(header, row, strict=True)) for row in listed] == [
+        {
+            "source": "data",
+            "data": "`scenes`",
+            "holds": "captions",
+            "samples": "drawn without end",
+            "fingerprint": "`f00d`",
+            "captions of a sample": "one",
+        }
+    ]
+    assert "Evaluated on scenes of their own." in parts["Data"]
     assert rows(parts["Evaluation"])[2:] == [
         ["zero_shot_top1", "0.5123", "0.02", "`scenes`", "2"],
         ["perplexity", "9", "", "`scenes`", "1"],
@@ -70,24 +75,30 @@ def test_a_card_is_filled_in(make_run, tmp_path, to):
     assert runfile.load(tmp_path / "again.yaml") == runfile.load(tmp_path / "here.yaml")
 
 
-def test_data_that_are_there_and_data_that_are_gone(make_run, tmp_path, monkeypatch):
+def test_every_source_is_told_from_what_was_known_in_training(make_run, tmp_path):
+    """The data themselves need not be here any more."""
     run = make_run("clip")
-    scenes = Scenes(size=77)
-    monkeypatch.setattr("pretrain.export.card.open_source", lambda *_, **__: scenes)
-    export(run, tmp_path / "a", to="open_clip")
-    assert "| samples | 77, but" in (tmp_path / "a" / "README.md").read_text()
+    sources = {
+        "pairs": SourceConfig(data="/gone/shards/*.tar", captions="all"),
+        "books": SourceConfig(data="books.tar", holds="text"),
+    }
+    subject: Any = with_run(load_subject(run), sources=sources, val="")
     state = run / "checkpoints" / "step-00000002" / "state.json"
-    assert "f00d" in state.read_text()
-
-    def gone(*_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr("pretrain.export.card.open_source", gone)
-    export(run, tmp_path / "b", to="open_clip")
-    card = (tmp_path / "b" / "README.md").read_text()
-    assert "| samples | unknown: the data were not here any more" in card
-    assert str(tmp_path) not in card.partition("## Recipe")[0]
-    assert "\n\nNot evaluated.\n\n" in card
+    known = json.loads(state.read_bytes())
+    assert known["data"] == {"data": {"fingerprint": "f00d", "size": None}}
+    known["data"] = {"pairs": {"fingerprint": "f00d", "size": 77}, "books": {"fingerprint": "b00c", "size": 9}}
+    state.write_text(json.dumps(known))
+    told = card(subject, run, to="open_clip", out=tmp_path / "out", notes=())
+    assert rows(told.split("## Data")[1].split("\n## ")[0])[2:] == [
+        ["pairs", "`.../shards/*.tar`", "captions", "all", "77", "`f00d`"],
+        ["books", "`books.tar`", "text", "one", "9", "`b00c`"],
+    ]
+    assert "Evaluated on" not in told
+    assert "\n\nNot evaluated.\n\n" in told
+    state.unlink()  # a run that trains on drops its old checkpoints
+    told = card(subject, run, to="open_clip", out=tmp_path / "out", notes=())
+    assert "| `books.tar` | text | one | unknown | `unknown` |" in told
+    assert str(tmp_path) not in told.partition("## Recipe")[0]
 
 
 def with_run(subject, **changed):
@@ -149,22 +160,22 @@ def test_no_paths_of_this_machine_are_told(make_run, tmp_path):
     subject: Any = load_subject(run)
     model = dataclasses.replace(subject.run.model, pretrained="/home/me/w.safetensors")
     data = "/home/me/cc/{0..9}.tar,near/b.tar,/home/me/dir with spaces/{a,b}.tar"
-    subject = with_run(subject, data=data, model=model)
+    subject = with_run(subject, sources={"data": SourceConfig(data=data)}, model=model)
     note = "It is read from `/home/me/deep/bert`."
     text = card(subject, run, to="open_clip", out=tmp_path / "new" / ".." / "mine", notes=[note])
-    for told in (str(tmp_path), "/home", "me/cc", "evaluated on"):
+    for told in (str(tmp_path), "/home", "me/cc", "Evaluated on"):
         assert told not in text
     shown = ".../cc/{0..9}.tar,near/b.tar,.../dir with spaces/{a,b}.tar"
-    assert f"| trained on | `{shown}` |" in text
+    assert f"| data | `{shown}` |" in text
     assert f"on 16 samples of `{shown}`" in text
     assert "from `.../me/w.safetensors`" in text
     assert "read from `.../deep/bert`." in text
     assert "\n# mine\n" in text
     assert '"local-dir:mine"' in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert recipe["data"] == shown
-    subject = with_run(subject, data="scenes", val="https://hub/a/b/c.tar")
-    assert "| evaluated on | `https://hub/a/b/c.tar` |" in card(
+    assert recipe["sources"]["data"]["data"] == shown
+    subject = with_run(subject, sources={"data": SourceConfig()}, val="https://hub/a/b/c.tar")
+    assert "Evaluated on `https://hub/a/b/c.tar`." in card(
         subject, run, to="open_clip", out=tmp_path / "mine", notes=()
     )
 

@@ -20,7 +20,6 @@ from pretrain import checkpoint, runfile
 from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
-from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
@@ -39,7 +38,7 @@ from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines
 from pretrain.sinks.mirrored import Mirrored
-from pretrain.starts import Starts, record_start
+from pretrain.starts import record_start
 from pretrain.state import Standing, restore
 from pretrain.threads import settle_threads
 from pretrain.training import Training
@@ -121,27 +120,7 @@ def build(
     # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: _record(command, data, rundir))
 
-    sink, ledger, quarantine, starts = Fanout(), None, None, Starts(restarts=0, lost_steps=0)
-    if ranks.zero:
-        quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
-        stack.callback(quarantine.close)
-        ledger = Ledger(rundir.ledger, ranks=ranks.world)
-        stack.callback(ledger.close)
-        starts = record_start(
-            rundir.starts,
-            step=standing.step,
-            done=ledger.done,
-            ranks=ranks.world,
-            device=ranks.device.type,
-            changed=changed,
-        )
-        sink = _sinks(run, rundir, curriculum, standing)
-    stack.callback(sink.close)
-    allowed_changes = [f"allowed: {words}" for words in changed]
-    for message in [*messages, *allowed_changes, *introduction(command, curriculum, standing)]:
-        sink.note(message)
-
-    return Training(
+    training = Training(
         run=run,
         feeds=data.feeds,
         val=data.val,
@@ -153,13 +132,15 @@ def build(
         compute=compute,
         ranks=ranks,
         rundir=rundir,
-        sink=sink,
-        ledger=ledger,
         standing=standing,
-        starts=starts,
-        quarantine=quarantine,
         meter=data.meter,
     )
+    if ranks.zero:
+        _open_records(training, data, changed, stack)
+    allowed_changes = [f"allowed: {words}" for words in changed]
+    for message in [*messages, *allowed_changes, *introduction(command, curriculum, standing)]:
+        training.sink.note(message)
+    return training
 
 
 def _resume(
@@ -181,13 +162,27 @@ def _resume(
     return now.resumed(before, curriculum, allowed=allowed), named
 
 
-def _sinks(run: Run, rundir: RunDir, curriculum: Curriculum, standing: Standing) -> Fanout:
-    """Who is told of the run, on rank zero."""
-    screen = console(sys.stdout, total=curriculum.steps, done=standing.step)
+def _open_records(training: Training, data: Data, changed: Sequence[str], stack: ExitStack) -> None:
+    """Open what rank zero writes beside training, and record this start."""
+    run, rundir, ranks, standing = training.run, training.rundir, training.ranks, training.standing
+    training.quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
+    stack.callback(training.quarantine.close)
+    training.ledger = Ledger(rundir.ledger, ranks=ranks.world)
+    stack.callback(training.ledger.close)
+    training.starts = record_start(
+        rundir.starts,
+        step=standing.step,
+        done=training.ledger.done,
+        ranks=ranks.world,
+        device=ranks.device.type,
+        changed=changed,
+    )
+    screen = console(sys.stdout, total=training.curriculum.steps, done=standing.step)
     sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
     if run.wandb.wanted() != "disabled":
         sinks.append(Mirrored(rundir, say=screen.note))
-    return Fanout(sinks)
+    training.sink = Fanout(sinks)
+    stack.callback(training.sink.close)
 
 
 def _claim(command: Command, stack: ExitStack) -> list[str]:

@@ -21,7 +21,7 @@ from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
 from pretrain.quarantine import Quarantine
 from pretrain.rundir import RunDir
-from pretrain.sinks import Sink
+from pretrain.sinks import Fanout, Sink
 from pretrain.starts import Starts
 from pretrain.state import Standing
 from pretrain.step import StepReport, Wrapped
@@ -44,12 +44,13 @@ class Training:
     compute: Compute
     ranks: Ranks
     rundir: RunDir
-    sink: Sink
-    ledger: Ledger | None
-    """Rank zero's; the others have none."""
     standing: Standing
-    starts: Starts
-    """What interruptions have cost so far."""
+    sink: Sink = field(default_factory=Fanout)
+    """Rank zero's; the others tell no one."""
+    ledger: Ledger | None = None
+    """Rank zero's."""
+    starts: Starts = field(default_factory=lambda: Starts(restarts=0, lost_steps=0))
+    """What interruptions have cost so far, as rank zero knows."""
     clock: Clock = field(default_factory=Clock)
     pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""

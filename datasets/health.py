@@ -1,7 +1,8 @@
 """What reading costs: counters and latencies that any thread may add to, taken once per report.
 
 A latency falls into one of a few hundred buckets, each 9 % wider than the one before, so that percentiles
-over any number of reads take a fixed amount of memory and are right to 5 %.
+over any number of reads take a fixed amount of memory and are right to 5 %. What is under way is known too:
+who waits can say for what.
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
 _PER_DOUBLING = 8  # buckets
 _PERCENTILES = (50, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Something that is under way."""
+
+    name: str
+    """Under which it is timed."""
+    what: str
+    """The shard or sample that it is about."""
+    seconds: float
+    """Since it began."""
 
 
 class Meter:
@@ -24,19 +38,32 @@ class Meter:
         self._lock = Lock()
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._latencies: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._reasons: dict[str, str] = {}
+        self._running: dict[object, tuple[str, str, float]] = {}
 
-    def add(self, name: str, value: float = 1.0) -> None:
-        """Count an event, or add bytes or seconds."""
+    def add(self, name: str, value: float = 1.0, *, reason: str = "") -> None:
+        """Count an event, or add bytes or seconds; the last reason is kept."""
         with self._lock:
             self._totals[name] += value
+            if reason:
+                self._reasons[name] = reason
 
     @contextmanager
-    def timed(self, name: str) -> Generator[None]:
-        """Time what stands below, also when it raises."""
-        start = perf_counter()
+    def timed(self, name: str, what: str = "") -> Generator[None]:
+        """Time what stands below, also when it raises.
+
+        Args:
+            name: what is done.
+            what: to which shard or sample, for as long as it takes.
+        """
+        start, token = perf_counter(), object()
+        with self._lock:
+            self._running[token] = name, what, start
         try:
             yield
         finally:
+            with self._lock:
+                del self._running[token]
             self.record(name, perf_counter() - start)
 
     def record(self, name: str, seconds: float) -> None:
@@ -45,6 +72,18 @@ class Meter:
         with self._lock:
             self._totals[f"{name}_seconds"] += seconds
             self._latencies[name][bucket] += 1
+
+    def running(self) -> list[Running]:
+        """What is under way, longest first."""
+        now = perf_counter()
+        with self._lock:
+            # In the order in which they began.
+            return [Running(name, what, now - start) for name, what, start in self._running.values()]
+
+    def told(self, name: str) -> tuple[float, str]:
+        """The total of a name since it was taken, which goes on, and the last reason given for it, if any."""
+        with self._lock:
+            return self._totals.get(name, 0.0), self._reasons.get(name, "")
 
     def take(self) -> dict[str, float]:
         """Totals since the last call, which starts them anew.
@@ -55,6 +94,7 @@ class Meter:
         with self._lock:
             totals, self._totals = self._totals, defaultdict(float)
             latencies, self._latencies = self._latencies, defaultdict(Counter)
+            self._reasons = {}
         taken = dict(totals)
         for name, buckets in latencies.items():
             taken[f"{name}_count"] = buckets.total()

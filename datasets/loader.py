@@ -8,9 +8,10 @@ and the accounts are all there is to save.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import KW_ONLY, dataclass, field
+from time import monotonic
 
 import torch
 
@@ -26,7 +27,8 @@ from datasets.source import Source
 from datasets.tokens import Tokenizer
 from datasets.weights import Weight, weight_at
 
-_STEPS_AHEAD = 3
+STEPS_AHEAD = 3
+"""Steps that are read while another is trained on."""
 _CHUNK = 16  # samples read by one task: enough to hide its start, few enough to share a small batch
 
 
@@ -87,7 +89,12 @@ class Loader:
     """Reading threads."""
     shuffle: Shuffle = field(default_factory=Shuffle)
     meter: Meter = field(default_factory=Meter)
-    """Told how many steps lie ready, under `queue`."""
+    """Told how many steps lie ready whenever one is taken, under `queue`, and `steps`, how often that was."""
+    late: Callable[[float], None] | None = None
+    """Called by `steps` while a step does not come, with the seconds since it was wanted: after `patience`,
+    and again whenever twice as many have passed."""
+    patience: float = 30.0
+    """Seconds."""
 
     def __post_init__(self) -> None:
         quantum = self.batch if len(self.feeds) == 1 else self.shuffle.lanes
@@ -126,7 +133,7 @@ class Loader:
             for step in range(first, last):
                 before, standing = standing, self._after(step, standing)
                 ahead.append(self._submit(readers, step, before, standing))
-                if len(ahead) > _STEPS_AHEAD:
+                if len(ahead) > STEPS_AHEAD:
                     yield self._next(ahead)
             while ahead:
                 yield self._next(ahead)
@@ -140,7 +147,13 @@ class Loader:
     def _next(self, ahead: deque[Future[Portion]]) -> Portion:
         self.meter.add("queue", sum(each.done() for each in ahead))
         self.meter.add("steps")
-        return ahead.popleft().result()
+        reading = ahead.popleft()
+        begin, patience = monotonic(), self.patience
+        while not reading.done() and not wait([reading], timeout=patience).done:
+            patience = monotonic() - begin
+            if self.late is not None:
+                self.late(patience)
+        return reading.result()
 
     def _submit(
         self,

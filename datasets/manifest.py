@@ -145,6 +145,11 @@ class Manifest:
         )
 
     @property
+    def total_bytes(self) -> int:
+        """Of all shards."""
+        return sum(self._bytes)
+
+    @property
     def remote(self) -> bool:
         """Whether any shard is not a local file."""
         return "://" in self._root or not self._root.startswith("/")

@@ -107,7 +107,7 @@ def fetch(
         UserError: no such kind of URL, or a library for it is missing.
     """
     meter = meter or Meter()
-    with meter.timed("fetch"):
+    with meter.timed("fetch", shown(url)):
         pace = _Pace(url, remote, meter, stop or Event(), waited=waited)
         return b"".join(_stream(url, begin, end, pace, size))
 
@@ -115,7 +115,7 @@ def fetch(
 def read_whole(url: str, *, remote: Remote, meter: Meter | None = None, stop: Event | None = None) -> bytes:
     """A small object, such as a manifest, in one request; raises as `fetch`."""
     meter = meter or Meter()
-    with meter.timed("fetch"):
+    with meter.timed("fetch", shown(url)):
         return b"".join(_stream(url, 0, None, _Pace(url, remote, meter, stop or Event()), None))
 
 
@@ -178,7 +178,7 @@ class _Pace:
         seconds = max(random.uniform(doubled / 2, doubled), error.pause)
         if monotonic() + seconds >= self._until or self._failures >= error.attempts:
             self._give_up(str(error), error)
-        self._meter.add("retry")
+        self._meter.add("retry", reason=str(error))
         if self._stop.wait(seconds):
             self._give_up(str(error), error)
 

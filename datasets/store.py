@@ -75,7 +75,7 @@ class Store:
             ContentError: its bytes are not those that were indexed, also when read again.
             ShardError: its shard is gone, has changed, or does not answer.
         """
-        with self._meter.timed("read"):
+        with self._meter.timed("read", self._shard(number).label):
             data = self._bytes(number, place)
             if crc32(data) != place.crc:
                 self._forget(number, place)
@@ -149,7 +149,7 @@ class Store:
         reason = ""
         for pause in _PAUSES:
             if pause:
-                self._meter.add("retry")
+                self._meter.add("retry", reason=reason)
                 time.sleep(pause)
             try:
                 with self._files.lend(number) as descriptor:

@@ -75,7 +75,7 @@ class Tars:
         try:
             found = self._annotations(number, row) if fields - {"image"} else _NOTHING
             encoded = self._bytes(number, row.image, "no image") if "image" in fields else None
-            with self._meter.timed("decode"):
+            with self._meter.timed("decode", key):
                 image = None if encoded is None else decode(encoded)
                 if image is None:
                     return Sample(

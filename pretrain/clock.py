@@ -21,6 +21,7 @@ class _Mark(NamedTuple):
 
     seconds: float
     waited: float
+    cold: float
     samples: int
 
 
@@ -34,6 +35,10 @@ class Reading:
     """Over the window."""
     data_wait: float
     """Share of the window spent waiting for data, 0..1."""
+    waited: float
+    """Seconds spent waiting for data since the start."""
+    cold: float
+    """Of these and of `seconds`, those waited where nothing was read ahead yet."""
     seconds_left: float
     """Training time still to come at the speed of the window."""
     step_seconds_p50: float
@@ -64,16 +69,19 @@ class Clock:
         self._start = now()
         self._paused = 0.0
         self._waited = 0.0
-        self._marks = deque([_Mark(0.0, 0.0, 0)], maxlen=window + 1)
+        self._cold = 0.0
+        self._marks = deque([_Mark(0.0, 0.0, 0.0, 0)], maxlen=window + 1)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time inside is spent waiting for data."""
+    def waiting(self, *, cold: bool = False) -> Iterator[None]:
+        """Time inside is spent waiting for data; `cold` where nothing could be read ahead."""
         begin = self._now()
         try:
             yield
         finally:
-            self._waited += self._now() - begin
+            took = self._now() - begin
+            self._waited += took
+            self._cold += took if cold else 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -91,7 +99,7 @@ class Clock:
             samples: images of its global batch.
         """
         seconds = self._now() - self._start - self._paused
-        self._marks.append(_Mark(seconds, self._waited, self._marks[-1].samples + samples))
+        self._marks.append(_Mark(seconds, self._waited, self._cold, self._marks[-1].samples + samples))
 
     def read(self, *, remaining: int) -> Reading:
         """The figures as of the last step.
@@ -107,6 +115,8 @@ class Clock:
             seconds=last.seconds,
             samples_per_second=speed,
             data_wait=_rate(last.waited - first.waited, window),
+            waited=last.waited,
+            cold=last.cold,
             seconds_left=remaining / speed if speed else float("inf"),
             step_seconds_p50=each[len(each) // 2],
             step_seconds_p99=each[ceil(0.99 * len(each)) - 1],

@@ -35,6 +35,8 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None
     """None for one process, which then needs no collective at all."""
+    local: int = 1
+    """Processes on this machine."""
 
     @property
     def zero(self) -> bool:
@@ -46,6 +48,14 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """(N,) of each rank -> (ranks, N), on every rank."""
+        if self.group is None:
+            return values[None]
+        gathered = values.new_empty(self.world * len(values))
+        dist.all_gather_into_tensor(gathered, values, group=self.group)
+        return gathered.view(self.world, -1)
 
     def wait(self) -> None:
         """Wait until every rank is here."""
@@ -84,6 +94,7 @@ def join_ranks() -> Generator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda and local >= torch.cuda.device_count():
@@ -104,6 +115,6 @@ def join_ranks() -> Generator[Ranks]:
     try:
         group = dist.new_group(timeout=_COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
-        yield Ranks(rank=rank, world=world, device=device, group=group)
+        yield Ranks(rank=rank, world=world, device=device, group=group, local=beside)
     finally:
         dist.destroy_process_group()

@@ -54,3 +54,28 @@ def test_threads_lose_nothing():
     taken = meter.take()
     assert taken["bytes"] == 8 * 2000 * 3
     assert taken["read_count"] == 8 * 2000
+
+
+def test_what_is_under_way_is_known_until_it_ends_however_it_ends():
+    meter = Meter()
+    assert meter.running() == []
+    with meter.timed("read", "00001.tar"):
+        with meter.timed("fetch", "http://host/00001.tar"):
+            first, second = meter.running()
+        with pytest.raises(OSError, match="gone"), meter.timed("decode", "00001.tar/1"):
+            raise OSError("gone")
+        assert [each.name for each in meter.running()] == ["read"]
+    assert (first.name, first.what) == ("read", "00001.tar")
+    assert (second.name, second.what) == ("fetch", "http://host/00001.tar")
+    assert first.seconds >= second.seconds >= 0
+    assert meter.running() == []
+
+
+def test_a_total_can_be_seen_without_being_taken():
+    meter = Meter()
+    assert meter.told("retry") == (0, "")
+    meter.add("retry", reason="it was busy")
+    meter.add("retry")
+    assert meter.told("retry") == meter.told("retry") == (2, "it was busy")
+    assert meter.take() == {"retry": 2}
+    assert meter.told("retry") == (0, "")

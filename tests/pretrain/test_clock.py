@@ -67,3 +67,14 @@ def test_before_the_first_step_nothing_is_known():
     reading = Clock(now=Time()).read(remaining=10)
     assert reading.samples_per_second == reading.data_wait == 0
     assert math.isinf(reading.seconds_left)
+
+
+def test_waiting_is_told_in_seconds_and_how_much_of_it_was_cold():
+    time = Time()
+    clock = Clock(now=time)
+    with clock.waiting(cold=True):
+        time.now += 5
+    clock.step(10)
+    run(clock, time, 2, wait=0.5, work=1)
+    reading = clock.read(remaining=0)
+    assert (reading.seconds, reading.waited, reading.cold) == (8, 6, 5)

@@ -7,6 +7,7 @@ before training. A sample that cannot be read keeps its slot, masked, with the r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
@@ -51,7 +52,7 @@ class Tars:
         self.manifest: Manifest = open_manifest(spec, say=say)
         self.size: int | None = self.manifest.size
         self.fingerprint = self.manifest.fingerprint
-        self.remote = any("://" in self.manifest[number].url for number in range(len(self.manifest)))
+        self.remote = self.manifest.remote
         self._augment = augment
         self._meter = meter or Meter()
         self._store = Store(self.manifest, remote=remote or Remote(), meter=self._meter)
@@ -73,7 +74,7 @@ class Tars:
         offset = min((place.offset for place in places if place), default=-1)
         key = f"{shard}/{row.key}"
         try:
-            found = self._annotations(number, row) if fields - {"image"} else _NOTHING
+            found = self._annotations(number, row, fields)
             encoded = self._bytes(number, row.image, "no image") if "image" in fields else None
             with self._meter.timed("decode", key):
                 image = None if encoded is None else decode(encoded)
@@ -122,8 +123,12 @@ class Tars:
 
     def samples_of(self, label: str) -> int | None:
         """How many samples the shard of that label holds; None where there is none."""
-        shards = (self.manifest[number] for number in range(len(self.manifest)))
-        return next((shard.samples for shard in shards if shard.label == label), None)
+        return self._samples_of.get(label)
+
+    @cached_property
+    def _samples_of(self) -> dict[str, int]:
+        """Samples of each shard by its label: only made where a sample is bad."""
+        return {shard.label: shard.samples for shard in self.manifest}
 
     def close(self) -> None:
         """Close the shards; nothing can be read afterwards."""
@@ -133,13 +138,18 @@ class Tars:
         number, row = self.manifest.locate(index)
         return number, self._store.table(number)[row]
 
-    def _annotations(self, number: int, row: Row) -> Annotations:
+    def _annotations(self, number: int, row: Row, fields: frozenset[Field] = EVERYTHING) -> Annotations:
         if row.fault:
             raise ContentError(row.fault, kind="member")
+        if not fields - {"image"}:
+            return annotated(None, None, fields=fields)
         parts = (row.text, row.record, row.number)
         if not any(parts):
             raise ContentError("no .txt, .json or .cls beside its image", kind="missing")
-        return annotated(*(part and self._bytes(number, part) for part in parts))
+        found = annotated(*(part and self._bytes(number, part) for part in parts), fields=fields)
+        for kind in found.mended:
+            self._meter.add(f"mended/{kind}")
+        return found
 
     def _bytes(self, number: int, place: Place | None, missing: str = "") -> bytes:
         if place is None:
@@ -164,6 +174,3 @@ class Tars:
             if found.label is not None:
                 held.add("label")
         return frozenset(held)
-
-
-_NOTHING = Annotations(captions=(), phrases=(), label=None)

@@ -68,7 +68,8 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     """Build what the run describes, train it, and judge it."""
     run, curriculum = command.run, Curriculum(command.run.stages)
     with ExitStack() as stack:
-        data = open_data(run)
+        data = open_data(run, say=_say if ranks.zero else None)
+        stack.callback(data.close)
         rundir = RunDir(command.out)
         changed = ranks.on_zero(lambda: _claim(command, stack))
         if is_finished(rundir, curriculum):
@@ -138,7 +139,12 @@ def build(
     if ranks.zero:
         _open_records(training, data, changed, stack)
     allowed_changes = [f"allowed: {words}" for words in changed]
-    for message in [*messages, *allowed_changes, *introduction(command, curriculum, standing)]:
+    for message in [
+        *messages,
+        *allowed_changes,
+        *introduction(command, curriculum, standing),
+        *data.described(),
+    ]:
         training.sink.note(message)
     return training
 
@@ -185,6 +191,11 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
     stack.callback(training.sink.close)
 
 
+def _say(sentence: str) -> None:
+    sys.stdout.write(f"{sentence}\n")
+    sys.stdout.flush()
+
+
 def _claim(command: Command, stack: ExitStack) -> list[str]:
     """Make the run directory ours, until the stack is left; in which settings it was another run's."""
     run = command.run
@@ -209,8 +220,9 @@ def introduction(command: Command, curriculum: Curriculum, standing: Standing) -
     run = command.run
     objectives = " + ".join(run.objectives)
     begin = f"from step {standing.step}" if standing.step else "from the start"
+    where = run.data if len(run.sources) == 1 else f"{len(run.sources)} sources"
     return [
-        f"{objectives} on {run.data}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
+        f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
         f"everything is kept in {command.out}",
     ]
 

@@ -1,6 +1,7 @@
 """One pool of ranks for the whole session, and one thread: the suite runs beside others."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ _AT_START = _MATMUL.fp32_precision
 def _same_arithmetic():
     """A launch, also one of a module's fixtures, chooses the CPU's fast float32 path for its process."""
     _MATMUL.fp32_precision = _AT_START
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What is indexed or fetched here is no one else's. The list of fonts stays: making it takes seconds."""
+    os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

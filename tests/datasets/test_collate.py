@@ -23,7 +23,6 @@ def test_ragged_batch():
     batch = collate(
         [
             sample("two", picture(1), "a red dog", "a dog that is not red"),
-            sample("text", None, "no image here"),
             sample("image", picture(2)),
             sample("bad", None, fault=Fault("truncated", "truncated JPEG")),
             sample("one", picture(3), "A  red DOG"),
@@ -35,17 +34,18 @@ def test_ragged_batch():
     assert batch.images.dtype == torch.uint8
     assert batch.images[:, 0, 0, 0].tolist() == [1, 2, 0, 3]
     assert batch.image_valid.tolist() == [True, True, False, True]
-    assert batch.image_index.tolist() == [0, 0, -1, 2, 3]
-    assert batch.text_valid.tolist() == [True, True, True, False, True]
-    assert batch.pair_valid.tolist() == [True, True, False, False, True]
-    texts = ["a red dog", "a dog that is not red", "no image here", "", "a red dog"]
+    assert batch.image_index.tolist() == [0, 0, 2, 3]
+    assert batch.text_valid.tolist() == batch.pair_valid.tolist() == [True, True, False, True]
+    texts = ["a red dog", "a dog that is not red", "", "a red dog"]
     expected = [TOKENIZER.encode(text) for text in texts]
     assert batch.text_length.tolist() == [len(ids) for ids in expected]
-    assert batch.tokens.shape == (5, max(map(len, expected)))
+    assert batch.tokens.shape == (4, max(map(len, expected)))
     for row, ids in zip(batch.tokens.tolist(), expected, strict=True):
         assert row == ids + [0] * (len(row) - len(ids))
-    assert batch.text_id[0] == batch.text_id[4]
-    assert len(set(batch.text_id.tolist())) == 4
+    assert batch.text_id[0] == batch.text_id[3]
+    assert len(set(batch.text_id.tolist())) == 3
+    assert not batch.box_valid.any()
+    assert not batch.boxes.any()
 
 
 def test_masked_sample_shows_nothing_of_what_it_held():
@@ -60,12 +60,36 @@ def test_masked_sample_shows_nothing_of_what_it_held():
     assert not batch.image_valid.any()
 
 
-def test_batches_without_texts_or_images():
+def test_images_without_texts():
     batch = collate([sample("image", picture(1))], TOKENIZER, resolution=4)
     assert batch.tokens.shape == (0, 2)
     assert batch.image_index.shape == batch.text_id.shape == batch.text_valid.shape == (0,)
-    batch = collate([sample("text", None, "a dog")], TOKENIZER, resolution=4)
+    assert batch.boxes.shape == (0, 4)
+
+
+def test_texts_without_images():
+    bad = sample("bad", None, fault=Fault("utf8", "its .txt is not UTF-8"))
+    texts = [sample("text", None, "a dog", "no image here"), bad, sample("more", None, "a red dog")]
+    batch = collate(texts, TOKENIZER, resolution=4, images=False, source="books")
+    assert batch.keys == ("text", "bad", "more")
+    assert batch.source == "books"
     assert batch.images.shape == (0, 3, 4, 4)
+    assert batch.image_valid.shape == (0,)
+    assert batch.image_index.tolist() == [-1] * 4
+    assert batch.text_valid.tolist() == [True, True, False, True]
+    assert not batch.pair_valid.any()
+    lengths = [len(TOKENIZER.encode(text)) for text in ("a dog", "no image here", "a red dog")]
+    assert batch.token_mask.sum(1).tolist() == [*lengths[:2], 0, lengths[2]]
+
+
+def test_phrases_stand_beside_their_boxes():
+    boxes = ((0.0, 0.25, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0))
+    named = Sample(key="named", image=picture(1), captions=("a dog", "red"), boxes=boxes)
+    bad = Sample(key="bad", image=None, captions=(), boxes=boxes, fault=Fault("box", "no box"))
+    batch = collate([sample("none", picture(2)), bad, named], TOKENIZER, resolution=4)
+    assert batch.image_index.tolist() == [1, 2, 2]
+    assert batch.boxes.tolist() == [[0, 0, 0, 0], *map(list, boxes)]
+    assert batch.box_valid.tolist() == [False, True, True]
 
 
 def test_text_id_is_the_same_in_every_process_and_fits_int64():

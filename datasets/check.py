@@ -17,7 +17,7 @@ from datasets.checking import Checked, Wanted, check_one
 from datasets.errors import UserError
 from datasets.indexing import cores, indexed_as, shown_url
 from datasets.manifest import Manifest
-from datasets.opening import is_manifest
+from datasets.opening import counted, is_manifest
 from datasets.patterns import named
 from datasets.scan import Problem
 from datasets.spread import spread
@@ -60,10 +60,9 @@ def _check(spec: str, out: Path | None, workers: int) -> int:
     _print(problems)
     size, samples = sum(each.bytes for each in found), sum(each.samples for each in found)
     new = sum(not each.sidecar for each in wanted)
-    count = len(problems)
     sys.stdout.write(
-        f"{len(found)} shards, {samples} samples, {size / 1e9:.2f} GB in {monotonic() - began:.1f} s: "
-        f"{count or 'no'} problem{'s' * (count != 1)}"
+        f"{counted(len(found), 'shard')}, {counted(samples, 'sample')}, {size / 1e9:.2f} GB in "
+        f"{monotonic() - began:.1f} s: {counted(len(problems), 'problem') if problems else 'no problems'}"
         + (f"; {new} had no sidecar to compare with" if new else "")
         + "\n"
     )

@@ -133,15 +133,13 @@ def _hashes(path: Path, members: Members, samples: Samples) -> Iterator[Problem]
 def _remarks(members: Members) -> Iterator[Problem]:
     """What is read right here, and wrongly or dangerously elsewhere."""
     keys, kinds = split(members)
-    for number, (name, key) in enumerate(zip(members.names, keys, strict=True)):
+    for number, name in enumerate(members.names):
         shown, at = printable(name), members.offsets[number]
         what = members.odd.get(number, "a folder")
         if shown != name:
             yield Problem("name", at, f"the name {shown} has broken or control characters")
         if name.startswith("/") or ".." in name.split("/"):
-            yield Problem(
-                "name", at, f"the name {shown} leads out of the folder it is unpacked to", printable(key)
-            )
+            yield Problem("name", at, f"the name {shown} leads out of the folder it is unpacked to")
         if what != "a folder" and kinds[number] < 0:
             yield Problem("no file", at, f"{shown} is {what}, not a file")
         if name.rpartition(".")[2].lower() in _CODE:

@@ -14,7 +14,7 @@ from time import monotonic
 from datasets.errors import UserError
 from datasets.indexing import Job, Outcome, cores, index_one, shown_url
 from datasets.manifest import LeftOut, Manifest, shared
-from datasets.opening import entry, is_manifest
+from datasets.opening import counted, entry, is_manifest
 from datasets.patterns import named
 from datasets.remote import is_remote
 from datasets.spread import spread
@@ -70,8 +70,8 @@ def _index(spec: str, out: Path | None, workers: int, *, leave_out: bool) -> Non
         _say(f"damaged: {shown_url(url)} at byte {problem.offset}: {problem.reason} ({problem.kind})")
     if broken and (not leave_out or len(broken) == len(outcomes)):
         raise UserError(
-            f"{len(broken)} of {len(outcomes)} shards are damaged, so no manifest was written: fetch or pack "
-            "them again, or leave them out with --without-damaged"
+            f"{len(broken)} of {counted(len(outcomes), 'shard')} are damaged, so no manifest was written: fetch or "
+            "pack them again, or leave them out with --without-damaged"
         )
     root = shared([job.url for job in jobs])
     manifest = Manifest.of(
@@ -122,12 +122,12 @@ def _report(outcomes: list[Outcome], manifest: Manifest, seconds: float) -> None
         cpu = sum(outcome.seconds for outcome in fresh) / size * 1e9
         speed = f", {size / 1e9 / seconds:.2f} GB/s, {cpu:.2f} CPU s/GB"
     _say(
-        f"indexed {len(fresh)} shards ({size / 1e9:.2f} GB) in {seconds:.1f} s{speed}"
+        f"indexed {counted(len(fresh), 'shard')} ({size / 1e9:.2f} GB) in {seconds:.1f} s{speed}"
         + (f"; {kept} were indexed already" if kept else "")
         + (f"; {len(manifest.left_out)} damaged ones left out" if manifest.left_out else "")
     )
     _say(
-        f"{len(manifest)} shards, {manifest.size} samples"
+        f"{counted(len(manifest), 'shard')}, {counted(manifest.size, 'sample')}"
         + (f", {unusable} of them unusable: `python -m datasets.check` says why" if unusable else "")
         + f", fingerprint {manifest.fingerprint}"
     )

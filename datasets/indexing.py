@@ -167,7 +167,7 @@ def _alone(path: Path) -> Generator[None]:
         try:
             with suppress(OSError):  # a file system without locks: the work may be done twice
                 flock(descriptor, LOCK_EX)
-            if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            if not _names(lock, descriptor):
                 continue  # its last holder has removed it
             try:
                 yield
@@ -176,6 +176,14 @@ def _alone(path: Path) -> Generator[None]:
                 lock.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Whether a path still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,7 +20,7 @@ import numpy as np
 
 from datasets.atomic import replace
 from datasets.errors import UserError
-from datasets.patterns import named
+from datasets.patterns import named, once
 
 _FORMAT = "medley manifest 1"
 _FEW = 3  # differences that are named
@@ -99,9 +98,7 @@ class Manifest:
         """
         listed = list(shards)
         urls = [each.url for each in listed]
-        if len(set(urls)) < len(urls):
-            twice = next(url for url, count in Counter(urls).items() if count > 1)
-            raise UserError(f"{twice} is named twice: name every shard once")
+        once(urls)
         root = shared(urls)
         return cls(
             root,

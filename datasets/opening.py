@@ -55,6 +55,11 @@ def is_manifest(name: str) -> bool:
     return name.partition("?")[0].endswith(".json")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, in words: 1 shard, 2 shards."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def damaged(outcomes: list[Outcome]) -> str:
     """In one sentence, which shards are damaged, where and how; nothing if none is."""
     found = [
@@ -86,7 +91,7 @@ def _indexed(jobs: list[Job], say: Callable[[str], None] | None) -> dict[str, He
     """Index what is local, with threads: this may be any program."""
     began = monotonic()
     if say is not None:
-        say(f"indexing {len(jobs)} shards of {jobs[0].url.rpartition('/')[0]} on first use")
+        say(f"indexing {counted(len(jobs), 'shard')} of {jobs[0].url.rpartition('/')[0]} on first use")
     outcomes = spread(
         index_one, jobs, verb="indexed", workers=min(cores(), _THREADS), processes=False, say=say
     )

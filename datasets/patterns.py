@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ def named(spec: str) -> list[str]:
     """The manifests (.json) and shards that a comma-separated list names, in order; local paths are absolute.
 
     Raises:
-        UserError: a pattern matches nothing or cannot be expanded, or nothing is named.
+        UserError: a pattern matches nothing or cannot be expanded, or nothing is named, or one thing twice.
     """
     found: list[str] = []
     for pattern in filter(None, map(str.strip, _BETWEEN.split(spec))):
@@ -37,7 +38,15 @@ def named(spec: str) -> list[str]:
             found += expanded
     if not found:
         raise UserError(f"{spec!r} names no tar file: give a path, a glob, a brace range or a manifest")
+    once(found)
     return found
+
+
+def once(names: list[str]) -> None:
+    """Refuse what is named twice; raises UserError."""
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{twice} is named twice: name every shard once")
 
 
 def _braces(pattern: str) -> list[str]:

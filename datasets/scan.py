@@ -16,7 +16,7 @@ from struct import Struct
 from zlib import adler32, crc32
 
 from datasets.errors import UserError
-from datasets.headers import BLOCK, BrokenHeaderError, follow, padded
+from datasets.headers import BLOCK, BrokenHeaderError, check, follow, padded
 
 _WINDOW = 4 << 20
 _PLAIN = Struct("100s 24x 11s B 12x 8s B 188x B")  # name, size, what ends it, check sum, type, prefix
@@ -223,11 +223,11 @@ def _step(reader: _Reader, members: Members, at: int) -> int:
 def _problem(reader: _Reader, broken: BrokenHeaderError) -> Problem:
     if reader.size == 0:
         return Problem("empty", 0, "it is empty")
-    if broken.at == 0 and broken.kind in ("header", "truncated"):
-        start = reader.read(0, BLOCK)
+    start = reader.read(0, BLOCK)
+    try:
+        check(start.ljust(BLOCK, b"\0"), 0)
+    except BrokenHeaderError:
         packed = [how for magic, how in _PACKED.items() if start.startswith(magic)]
-        if packed:
-            return Problem("not a tar", 0, f"it is not a tar file but {packed[0]}: it must be unpacked first")
-        if broken.kind == "header" or len(start) < BLOCK:
-            return Problem("not a tar", 0, "it is not a tar file")
+        how = f" but {packed[0]}: it must be unpacked first" if packed else ""
+        return Problem("not a tar", 0, f"it is not a tar file{how}")
     return Problem(broken.kind, broken.at, broken.how)

@@ -42,8 +42,10 @@ class Holding:
             sample: as its source gave it.
             key: (run seed, epoch, index).
         """
-        if sample.fault or self.holds == "images":
+        if sample.fault:
             return sample
+        if self.holds == "images":
+            return replace(sample, captions=(), phrases=())
         if self.holds == "phrases":
             return self._phrases(sample, key)
         if self.holds == "classes":

@@ -101,7 +101,7 @@ class Loader:
         if self.batch % quantum:
             raise UserError(
                 f"a batch of {self.batch} cannot be shared among {len(self.feeds)} sources in parts of "
-                f"--shuffle.lanes {quantum}: make one a multiple of the other"
+                f"--shuffle.lanes {quantum}: make the batch a multiple of the lanes"
             )
         if len(self.feeds) > 1 and quantum < self.ranks:
             raise UserError(

@@ -2,17 +2,19 @@ import threading
 from collections import Counter
 from dataclasses import fields
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from datasets.draws import draws
 from datasets.errors import UserError
-from datasets.loader import Loader, Masked, evaluation_batches
-from datasets.order import Order
+from datasets.holding import Holding
+from datasets.loader import Feed, Loader, Masked, evaluation_batches
+from datasets.mixture import Account
+from datasets.order import Order, Shuffle
 from datasets.sample import Fault, Phrase, Sample
-from datasets.source import Field
+from datasets.source import EVERYTHING, Field
 from datasets.tokens import TrainedBPE
 
 TOKENIZER = TrainedBPE.train(["picture number 1"] * 3, vocabulary=280, context_length=16)
@@ -24,13 +26,14 @@ class Numbered:
     name = "numbered"
     fields: frozenset[Field] = frozenset({"image", "text", "boxes"})
     fingerprint = "0"
+    remote = False
 
     def __init__(self, size=None, *, error_at=None):
         self.size = size
         self.error_at = error_at
         self.read_at = []
 
-    def read(self, index, *, seed, resolution, train):
+    def read(self, index, *, seed, resolution, train, fields=EVERYTHING):
         self.read_at.append(index)
         if index == self.error_at:
             raise OSError(f"disk gone at {index}")
@@ -44,10 +47,14 @@ class Numbered:
     def captions(self, index):
         return self.read(index, seed=(0,), resolution=1, train=False).captions
 
+    def prefetch(self, index):
+        raise AssertionError("nothing here is remote")
 
-def loader(source=None, **changes):
+
+def loader(source=None, captions: Literal["one", "all"] = "one", **changes):
     settings: dict[str, Any] = {"seed": 1, "batch": 12, "resolution": 2} | changes
-    return Loader(source or Numbered(50), TOKENIZER, **settings)
+    feed = Feed(name="numbers", source=source or Numbered(50), holding=Holding(choose=captions))
+    return Loader([feed], TOKENIZER, **settings)
 
 
 def rows(batches):
@@ -87,15 +94,20 @@ def test_threads_give_equal_tensors():
 
 
 def test_a_step_reads_what_the_order_says():
-    order = Order(1, 50)
-    for portion in loader().steps(2, 6, position=7):
-        start = 7 + portion.step * 12
-        assert portion.batches[0].keys == tuple(f"n/{order[p].index}" for p in range(start, start + 12))
+    order = Order(1, 50, "numbers", lanes=4, window=24)
+    portions = loader(shuffle=Shuffle(lanes=4, window=24)).steps(2, 6, accounts={"numbers": Account(7)})
+    for step, portion in enumerate(portions):
+        start = 7 + step * 12
+        positions = order.batch(start, start + 12)
+        assert sorted(positions) == list(range(start, start + 12))
+        assert portion.batches[0].keys == tuple(f"n/{order[p].index}" for p in positions)
+        assert portion.accounts == {"numbers": Account(start + 12)}
+        assert (portion.step, portion.batches[0].source) == (2 + step, "numbers")
 
 
 def test_starting_later_gives_the_same_steps():
     whole = list(loader().steps(0, 8))
-    resumed = list(loader().steps(5, 8))
+    resumed = list(loader().steps(5, 8, accounts=whole[4].accounts))
     assert [p.step for p in resumed] == [5, 6, 7]
     assert [rows(p.batches) for p in resumed] == [rows(p.batches) for p in whole[5:]]
 
@@ -110,12 +122,10 @@ def test_epochs_are_whole_and_views_are_new():
 
 
 def test_one_caption_is_drawn_evenly_with_its_phrases():
-    from datasets.loader import _one_caption
-
     sample = Numbered().read(2, seed=(0,), resolution=2, train=False)
     seen = Counter()
     for epoch in range(600):
-        drawn = _one_caption(sample, (0, epoch, 2))
+        drawn = Holding()(sample, (0, epoch, 2))
         assert [p.caption for p in drawn.phrases] == [0]
         assert drawn.phrases[0].text == f"p{sample.captions.index(drawn.captions[0])}"
         seen[drawn.captions] += 1
@@ -125,7 +135,7 @@ def test_one_caption_is_drawn_evenly_with_its_phrases():
 
 def test_masked_samples_are_named():
     portion = next(loader(Numbered(), batch=12, rank=1, ranks=2).steps(0, 1))
-    assert portion.masked == (Masked(9, "n/9", "every fifth"),)
+    assert portion.masked == (Masked("numbers", 9, 0, "n/9", Fault("corrupt", "every fifth")),)
     assert portion.batches[0].image_valid.tolist() == [True] * 3 + [False] + [True] * 2
 
 
@@ -177,6 +187,13 @@ def test_readers_compute_alone_and_leave_the_consumer_its_threads():
 def test_impossible_batches_are_refused():
     with pytest.raises(UserError, match="at least 16 samples"):
         loader(ranks=4, micro_batches=4)
+
+
+def test_the_epoch_of_a_masked_sample_is_told():
+    steps = loader(Numbered(10), batch=10, captions="all").steps(3, 5, accounts={"numbers": Account(30)})
+    masked = [one for portion in steps for one in portion.masked]
+    assert [(one.epoch, one.key) for one in masked if one.key == "n/4"] == [(3, "n/4"), (4, "n/4")]
+    assert all(one.position // 10 == one.epoch for one in masked)
 
 
 def test_evaluation_reads_in_order_with_all_captions():

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from datasets.errors import UserError
 from pretrain import checkpoint, runfile
+from pretrain.bottleneck import Setting, cache_warnings
 from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
@@ -25,6 +26,7 @@ from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.finish import is_finished, show
+from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known
 from pretrain.loop import rehearsal, train
@@ -121,6 +123,7 @@ def build(
     # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: _record(command, data, rundir))
 
+    setting = Setting.of(run, data.feeds, ranks)
     training = Training(
         run=run,
         feeds=data.feeds,
@@ -134,7 +137,7 @@ def build(
         ranks=ranks,
         rundir=rundir,
         standing=standing,
-        meter=data.meter,
+        health=Health(data.meter, setting, ranks, accounts=standing.accounts),
     )
     if ranks.zero:
         _open_records(training, data, changed, stack)
@@ -144,6 +147,7 @@ def build(
         *allowed_changes,
         *introduction(command, curriculum, standing),
         *data.described(),
+        *cache_warnings(setting),
     ]:
         training.sink.note(message)
     return training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -42,7 +43,7 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
         portions = loader.steps(first, stretch.last, accounts=training.standing.accounts)
         with closing(portions):
             for step in range(first, stretch.last):
-                with training.clock.waiting():
+                with training.clock.waiting(cold=step == first):
                     portion = next(portions)
                 batches = [batch.to(training.ranks.device) for batch in portion.batches]
                 stop, masked = preemption.requested is not None, len(portion.masked)
@@ -99,7 +100,8 @@ def _loader(training: Training, stretch: Stretch) -> Loader:
         train=True,
         threads=run.loader_threads,
         shuffle=run.shuffle,
-        meter=training.meter,
+        meter=training.health.meter,
+        late=lambda seconds: _tell(training, training.health.late(seconds)),
     )
 
 
@@ -161,6 +163,9 @@ def report(training: Training, stretch: Stretch) -> None:
     standing = training.standing
     left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
     reading = training.clock.read(remaining=left)
+    data, warning = training.health.report(reading, standing.accounts)
+    if warning is not None:
+        training.sink.note(warning)
     training.sink.step(
         step,
         {
@@ -174,17 +179,25 @@ def report(training: Training, stretch: Stretch) -> None:
             },
             "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
             "perf/samples_per_second": reading.samples_per_second,
-            "perf/data_wait": reading.data_wait,
             "perf/seconds_left": reading.seconds_left,
             "perf/step_seconds_p50": reading.step_seconds_p50,
             "perf/step_seconds_p99": reading.step_seconds_p99,
             "perf/memory_gib": peak_memory(training.ranks.device),
             "perf/restarts": training.starts.restarts,
             "perf/lost_steps": training.starts.lost_steps,
+            **data,
             "data/masked": sum(standing.masked.values()),
             **{f"data/masked/{kind}": count for kind, count in standing.masked.items()},
         },
     )
+
+
+def _tell(training: Training, sentence: str) -> None:
+    """Say it where it is heard, at a time of this rank's own."""
+    if training.ranks.zero:
+        training.sink.note(sentence)
+    else:
+        sys.stderr.write(f"rank {training.ranks.rank}: {sentence}\n")
 
 
 def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:

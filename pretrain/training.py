@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from datasets.health import Meter
 from datasets.loader import Feed
 from datasets.source import Source
 from datasets.tokens import Tokenizer
@@ -16,6 +15,7 @@ from pretrain.clock import Clock
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks
+from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
@@ -45,6 +45,8 @@ class Training:
     ranks: Ranks
     rundir: RunDir
     standing: Standing
+    health: Health
+    """How the data come."""
     sink: Sink = field(default_factory=Fanout)
     """Rank zero's; the others tell no one."""
     ledger: Ledger | None = None
@@ -56,5 +58,3 @@ class Training:
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
     quarantine: Quarantine | None = None
     """The samples that could not be read; rank zero's."""
-    meter: Meter = field(default_factory=Meter)
-    """What reading has cost since the last report."""

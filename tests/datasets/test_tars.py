@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -17,12 +18,14 @@ from PIL import Image
 from datasets.decode import decode
 from datasets.errors import UserError
 from datasets.loader import Feed, Loader, evaluation_batches
+from datasets.mixture import Account
 from datasets.sources import open_source
 from datasets.tars import Tars
 from datasets.tokens import TrainedBPE
 from datasets.views import Augment, fixed_view
 
 ROOT = Path(__file__).parents[2]
+TOKENIZER = TrainedBPE.train(["picture 1", "shade 2"] * 3, vocabulary=270, context_length=16)
 
 
 def jpeg(shade, *, height=30, width=40):
@@ -295,16 +298,48 @@ def test_more_shards_than_files_may_be_open(tmp_path, shards):
 
 def test_loader_trains_and_evaluates_on_shards(shards):
     source = open_source(str(shards), seed=0, split="train", augment=Augment())
-    captions = [caption for index in range(8) for caption in source.captions(index)]
-    tokenizer = TrainedBPE.train(captions, vocabulary=270, context_length=16)
     feeds = [Feed(name="data", source=source)]
-    portions = list(Loader(feeds, tokenizer, seed=3, batch=4, resolution=16, threads=2).steps(0, 2))
+    portions = list(Loader(feeds, TOKENIZER, seed=3, batch=4, resolution=16, threads=2).steps(0, 2))
     batches = [batch for portion in portions for batch in portion.batches]
     assert {key for batch in batches for key in batch.keys} == {read(source, i).key for i in range(8)}
     assert all(batch.pair_valid.all() and len(batch.tokens) == 4 for batch in batches)
-    (val,) = evaluation_batches(source, tokenizer, batch=8, resolution=16)
+    (val,) = evaluation_batches(source, TOKENIZER, batch=8, resolution=16)
     assert [sample.key for sample in val.samples] == list(val.batch.keys)
     assert val.batch.image_index.tolist() == [i // 2 for i in range(16)]
+
+
+def test_pixels_belong_to_seed_epoch_and_sample(shards):
+    """Whichever rank and thread read them, in which run of the program: hashes of the tensors are equal."""
+
+    def seen(first=0, *, seed=5, rank=0, **options):
+        source = opened(shards)
+        loader = Loader(
+            [Feed(name="data", source=source)],
+            TOKENIZER,
+            seed=seed,
+            batch=4,
+            resolution=16,
+            rank=rank,
+            **options,
+        )
+        found = {}
+        for portion in loader.steps(first, 6, accounts={"data": Account(4 * first)}):
+            for batch in portion.batches:
+                for key, image in zip(batch.keys, batch.images, strict=True):
+                    found[portion.step // 2, key] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+        source.close()
+        return found
+
+    alone = seen()
+    assert len(alone) == len(set(alone.values())) == 24  # 8 samples in 3 epochs, each time another view
+    assert seen(threads=4, micro_batches=2) == alone
+    for ranks in (2, 3):
+        parts = [seen(rank=rank, ranks=ranks, threads=rank + 1) for rank in range(ranks)]
+        assert {at: each for part in parts for at, each in part.items()} == alone
+    resumed = seen(3)
+    assert resumed.items() <= alone.items()
+    assert len(resumed) == 12
+    assert not seen(seed=6).items() & alone.items()
 
 
 def test_scenes_are_a_source_by_name():

@@ -73,10 +73,10 @@ class Ranges:
         """
         name = name_of("sidecar", shard.sidecar, shard.digest)
         try:
-            return Table(self._sidecar(shard, name), shard.sidecar)
+            return Table.of(self._sidecar(shard, name), shard.sidecar)
         except UserError:  # what a crash left, or a server's hiccup
             self._cache.drop(name)
-            return Table(self._sidecar(shard, name), shard.sidecar)
+            return Table.of(self._sidecar(shard, name), shard.sidecar)
 
     def stop(self) -> None:
         """End what is being fetched, with a ShardError."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -26,8 +25,7 @@ from datasets.remote import Remote, is_remote
 from datasets.runs import Runs
 from datasets.sidecar import Place, Table
 
-_TABLES = 128 * 2**20  # bytes of sidecars that are kept
-_ROW = 80  # bytes of a sidecar for a sample, about
+_TABLES = 128  # sidecars that are kept open
 _WAITING = 4096  # runs queued for fetching
 _PAUSES = (0.0, 0.1, 1.0)  # seconds before a local read is tried again: a file server may be restarted
 _AGAIN = "put back what it was, or index it again with `python -m datasets.index`"
@@ -52,7 +50,7 @@ class Store:
         self._remote = remote or Remote()
         self._meter = meter or Meter()
         self._shard = lru_cache(1024)(manifest.__getitem__)
-        self._tables = _Tables()
+        self._runs = lru_cache(min(allowed(), _TABLES))(self._open_table)
         self._files = Descriptors(self._open, limit=allowed())
         self._lock = Lock()
         self._ranges: Ranges | None = None
@@ -110,19 +108,13 @@ class Store:
         self._ahead.close(patience=1.0)
         self._files.close()
 
-    def _runs(self, number: int) -> tuple[Table, Runs]:
-        found = self._tables.get(number)
-        if found is None:
-            shard = self._shard(number)
-            if is_remote(shard.sidecar):
-                table = self._fetcher().table(shard)
-            else:
-                table = Table.open(Path(shard.sidecar))
-            if (table.digest, table.bytes, len(table)) != (shard.digest, shard.bytes, shard.samples):
-                raise ShardError(f"{shard.sidecar} is not of the shard that the manifest names; {_AGAIN}")
-            found = table, Runs(table, self.manifest.first(number))
-            self._tables.put(number, found)
-        return found
+    def _open_table(self, number: int) -> tuple[Table, Runs]:
+        shard = self._shard(number)
+        remote = is_remote(shard.sidecar)
+        table = self._fetcher().table(shard) if remote else Table.open(Path(shard.sidecar))
+        if (table.digest, table.bytes, len(table)) != (shard.digest, shard.bytes, shard.samples):
+            raise ShardError(f"{shard.sidecar} is not of the shard that the manifest names; {_AGAIN}")
+        return table, Runs(table, self.manifest.first(number))
 
     def _bytes(self, number: int, place: Place) -> bytes:
         shard = self._shard(number)
@@ -213,31 +205,6 @@ class Store:
                 self._fetcher().ensure(shard, piece)
         except (ValueError, OSError):  # the reader of this run will say so
             self._meter.add("ahead_failed")
-
-
-class _Tables:
-    """The sidecars used last, up to so many bytes."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._kept: OrderedDict[int, tuple[Table, Runs]] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, number: int) -> tuple[Table, Runs] | None:
-        with self._lock:
-            found = self._kept.get(number)
-            if found is not None:
-                self._kept.move_to_end(number)
-            return found
-
-    def put(self, number: int, found: tuple[Table, Runs]) -> None:
-        with self._lock:
-            if number not in self._kept:
-                self._bytes += len(found[0]) * _ROW
-            self._kept[number] = found
-            while self._bytes > _TABLES and len(self._kept) > 1:
-                _, (table, _) = self._kept.popitem(last=False)
-                self._bytes -= len(table) * _ROW
 
 
 def _changed(shard: Shard, how: str) -> ShardError:

@@ -1,5 +1,6 @@
 """What is written about a shard is read back, and nothing in a sidecar can lead a reader astray."""
 
+import contextlib
 import os
 import struct
 import tempfile
@@ -110,8 +111,8 @@ def test_a_missing_sidecar_and_one_of_another_version(tmp_path, table):
         Table.open(tmp_path / "gone.idx")
     data = bytearray((tmp_path / "s.idx").read_bytes())
     data[8] = 99
-    with pytest.raises(UserError, match="has version 99, not 1"):
-        Table(bytes(data), "x.idx")
+    with pytest.raises(UserError, match="has version 99, not 2"):
+        Table.of(bytes(data), "x.idx")
 
 
 def test_every_cut_and_every_changed_byte_is_found(tmp_path, table):
@@ -121,7 +122,7 @@ def test_every_cut_and_every_changed_byte_is_found(tmp_path, table):
         changed[place] ^= 0x40
         for wrong in (bytes(changed), data[:place]):
             with pytest.raises(UserError, match=r"x\.idx (is damaged|is no sidecar|has version)"):
-                Table(wrong, "x.idx")
+                list(Table.of(wrong, "x.idx"))
 
 
 @settings(max_examples=400, deadline=None)
@@ -136,15 +137,13 @@ def test_a_hostile_sidecar_with_right_checksums_never_points_outside(data):
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(12, len(content) - 1))
         content[place] = data.draw(st.sampled_from([0, 1, 2, 3, 127, 128, 255]) | st.integers(0, 255))
-    content[80:84] = struct.pack("<I", zlib.crc32(content[88:]))
-    content[84:88] = struct.pack("<I", zlib.crc32(content[:84]))
-    try:
-        table = Table(bytes(content), "x.idx")
-    except UserError:
-        return
-    for row in range(len(table)):
-        for place in table[row].places:
-            assert place.offset + place.size <= table.bytes
-    begin, end = table.extent(0, len(table))
-    assert 0 <= begin <= end <= table.bytes
-    assert len(table.key_hashes()) == len(table)
+    content[72:76] = struct.pack("<I", zlib.crc32(content[76:]))  # the only block
+    content[64:68] = struct.pack("<I", zlib.crc32(content[68:72], zlib.crc32(content[:64])))
+    with contextlib.suppress(UserError):
+        table = Table.of(bytes(content), "x.idx")
+        for row in range(min(len(table), 1000)):
+            for place in table[row].places:
+                assert place.offset + place.size <= table.bytes
+        begin, end = table.extent(0, len(table))
+        assert 0 <= begin <= end <= table.bytes
+        assert len(table.key_hashes()) == len(table)

@@ -186,8 +186,8 @@ def test_a_sidecar_of_another_shard_is_refused(tmp_path, make_shards):
         store.table(0)
 
 
-def test_tables_are_forgotten_by_their_bytes(tmp_path, make_shards, monkeypatch):
-    monkeypatch.setattr("datasets.store._TABLES", 130 * 80 * 2)
+def test_tables_used_longest_ago_are_forgotten(tmp_path, make_shards, monkeypatch):
+    monkeypatch.setattr("datasets.store._TABLES", 2)
     store = Store(make_shards(tmp_path, shards=4))
     first = store.table(0)
     assert store.table(0) is first

@@ -1,9 +1,10 @@
 """The dashboard of a run's W&B project, as code: `python -m pretrain.dashboard RUN_DIR`.
 
 It can be made at once, because what is on it follows from what the run is. Only what the model is judged by
-depends on the data as well: whether that has class labels, captions and enough classes. So before the first
-evaluation there is a panel for whatever the flags allow, and some may stay empty; made again after it, there
-is one for what was measured.
+depends on the data as well: whether that has class labels, captions and enough classes; and what reading
+costs: whether a manifest names shards behind a network. So before the first evaluation and the first report
+there is a panel for whatever the flags allow, and some may stay empty; made again after it, there is one for
+what was measured.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _SCENES = ("zero_shot_seen_combinations", "zero_shot_unseen_combinations")
 _EXACT = ("exact_captions_1_object", "exact_captions_2_objects", "exact_captions_1_unseen_object")
 _ZERO_SHOT = ("zero_shot_top1", "zero_shot_top5")
 _CAPTIONS = ("cider_d", "bleu_1", "bleu_4", "rouge_l", "perplexity")
+_LOCAL = ("data/read_ms_p50", "data/read_ms_p99")
+_REMOTE = ("data/fetch_ms_p50", "data/fetch_ms_p99")
 _CLOCKS = ("perf/step_seconds_p50", "perf/step_seconds_p99")
 
 
@@ -44,7 +47,15 @@ class Panel:
     """Curves over samples seen."""
 
     title: str
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    pattern: str = ""
+    """A regular expression in place of names, for metrics of which a run may report any or none."""
+
+
+_BY_KIND = (
+    Panel(title="masked, by kind", pattern="data/masked/.*"),
+    Panel(title="texts mended, by kind", pattern="data/mended/.*"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +69,12 @@ class Section:
 
 
 def sections(
-    *, objectives: Sequence[str], towers: Collection[str], evaluations: Collection[str]
+    *,
+    objectives: Sequence[str],
+    towers: Collection[str],
+    evaluations: Collection[str],
+    shards: bool = False,
+    remote: bool = False,
 ) -> tuple[Section, ...]:
     """What the dashboard of a run shows; headings without a panel are left out.
 
@@ -66,6 +82,8 @@ def sections(
         objectives: their names.
         towers: parts of the model that have a gradient: image, text, captioner, objectives.
         evaluations: names of what it is judged by, without `eval/`.
+        shards: whether files are read rather than the built-in scenes.
+        remote: whether they are fetched through a network.
     """
     losses = [f"train/loss/{name}" for name in objectives]
     quality = [name for name in (*_ZERO_SHOT, *_SCENES, *_RECALL) if name in evaluations]
@@ -88,7 +106,8 @@ def sections(
                 *_panels("perf/memory_gib"),
             ),
         ),
-        Section(name="Bad data", panels=_panels("data/masked")),
+        Section(name="Reading", panels=_reading(shards=shards, remote=remote)),
+        Section(name="Bad data", panels=(*_panels("data/masked"), *(_BY_KIND if shards else ()))),
         Section(name="Restarts", panels=_panels("perf/restarts", "perf/lost_steps")),
     )
     return tuple(section for section in everything if section.panels)
@@ -99,16 +118,47 @@ def of_run(run: Run, *, measured: Collection[str] = ()) -> tuple[Section, ...]:
 
     Args:
         run: resolved.
-        measured: what its evaluations have found, without `eval/`; before the first, all that the flags allow
-            is shown, of which the data may lack some.
+        measured: the metrics of its evaluations and of reading that it has reported; before the first of
+            either, all that the flags allow is shown, of which the data may lack some.
     """
     kinds = [objective_class(kind_of(config)) for config in run.objectives.values()]
     read = {"image", *(wanted.run[0] for kind in kinds for wanted in kind.passes)}
     towers = [tower for tower in ("image", "text", "captioner") if tower in read]
     if any(kind.temperature is not None for kind in kinds):
         towers.append("objectives")
-    evaluations = measured or _allowed(run, read)
-    return sections(objectives=tuple(run.objectives), towers=towers, evaluations=evaluations)
+    judged = {name.removeprefix("eval/") for name in measured if name.startswith("eval/")}
+    reported = any(name.startswith("data/") for name in measured)
+    specs = [source.data for source in run.sources.values() if source.data != "scenes"]
+    fetched = "data/cache_hits" in measured if reported else any(map(_may_be_remote, specs))
+    return sections(
+        objectives=tuple(run.objectives),
+        towers=towers,
+        evaluations=judged or _allowed(run, read),
+        shards=bool(specs),
+        remote=fetched,
+    )
+
+
+def _may_be_remote(spec: str) -> bool:
+    return "://" in spec or any(name.strip().endswith(".json") for name in spec.split(","))
+
+
+def _reading(*, shards: bool, remote: bool) -> tuple[Panel, ...]:
+    """What is known of reading ahead, of shards and of the network."""
+    panels = [Panel(title="steps that lie ready", metrics=("data/queue",))]
+    if shards:
+        panels += [
+            Panel(title="ms to read a part of a sample, median and 99th percentile", metrics=_LOCAL),
+            Panel(title="ms to decode an image, median", metrics=("data/decode_ms_p50",)),
+            Panel(title="reads and fetches tried again", metrics=("data/retries",)),
+        ]
+    if remote:
+        panels += [
+            Panel(title="share of reads found in the cache", metrics=("data/cache_hits",)),
+            Panel(title="MiB per second fetched", metrics=("data/fetch_mib_per_second",)),
+            Panel(title="ms to fetch a range, median and 99th percentile", metrics=_REMOTE),
+        ]
+    return tuple(panels)
 
 
 def _allowed(run: Run, read: Collection[str]) -> Collection[str]:
@@ -120,9 +170,9 @@ def _allowed(run: Run, read: Collection[str]) -> Collection[str]:
 
 
 def measured(rundir: RunDir) -> set[str]:
-    """The names of what the evaluations of a run have found so far, without `eval/`."""
+    """The metrics that depend on the data, of those that a run has reported so far."""
     names = {name for row in Rows(rundir.metrics).new(ended=True) for name in row}
-    return {name.removeprefix("eval/") for name in names if name.startswith("eval/")}
+    return {name for name in names if name.startswith(("eval/", "data/"))}
 
 
 def panel_metrics(shown: Sequence[Section]) -> set[str]:
@@ -136,7 +186,12 @@ def workspace(shown: Sequence[Section], *, entity: str, project: str) -> Workspa
     from wandb_workspaces.reports import v2 as wr
 
     def panels(section: Section) -> list[Any]:
-        plots = [wr.LinePlot(title=each.title, x="samples", y=list(each.metrics)) for each in section.panels]
+        plots = [
+            wr.LinePlot(
+                title=each.title, x="samples", y=list(each.metrics), metric_regex=each.pattern or None
+            )
+            for each in section.panels
+        ]
         sheet = wr.MediaBrowser(title="sample sheets", media_keys=["eval/sheet"], gallery_axis="step")
         table = wr.WeavePanelSummaryTable(table_name="eval/samples")
         return [*plots, sheet, table] if section.pictures else plots

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from datasets.errors import KINDS
+from datasets.health import Meter
 from pretrain import dashboard, launch, runfile
 from pretrain.cli import parse
 from pretrain.evaluate import during, scenes
 from pretrain.evaluate.sheet import Sheet
+from pretrain.health import figures
 from pretrain.rundir import RunDir
 from pretrain.sinks.jsonl import read
 
@@ -119,6 +123,7 @@ def test_after_an_evaluation_there_are_panels_for_what_was_measured(tiny_run, tm
     out = tiny_run("itc,lm", data)
     reported = {name for record in read(out / "metrics.jsonl") for name in record} - NOT_SHOWN
     by_flags = dashboard.panel_metrics(dashboard.of_run(runfile.load(out / "run.yaml")))
+    assert "data/read_ms_p99" in reported
     assert by_flags - reported == impossible, "a panel of these would be empty for ever"
     file = tmp_path / "dashboard.json"
     assert in_child(dashboard.main, [out, "--dry-run", file])[0] == dashboard.DONE
@@ -133,7 +138,49 @@ def test_before_the_first_evaluation_nothing_is_measured_and_damage_is_passed_ov
     rundir.metrics.write_text('{"step": 2, "train/loss": 1.0}\n')
     assert dashboard.measured(rundir) == set()
     rundir.metrics.write_text('{"step": 2, "eval/cider_d": 1.0}\nhalf\n{"step": 4, "eval/rouge_l": 0.5}\n{')
-    assert dashboard.measured(rundir) == {"cider_d", "rouge_l"}
+    assert dashboard.measured(rundir) == {"eval/cider_d", "eval/rouge_l"}
+
+
+def test_what_reading_costs_has_its_panels_and_no_others():
+    """Against everything that a report can hold of it."""
+    seen = {"read": 1.0, "decode": 1.0, "fetch": 1.0}
+    meter = Meter()
+    for name, seconds in seen.items():
+        meter.record(name, seconds)
+    for name in ("steps", "queue", "cache_hit", "mended/cut"):
+        meter.add(name)
+    row = {**meter.take(), "data_wait": 0.0, "seconds": 1.0, "cold": 0.0}
+    possible = set(figures([row]))
+    assert len(possible) == 11
+
+    def shown(data, measured=()):
+        run = parse(f"--objectives itc --data {data}".split()).run
+        return dashboard.of_run(run, measured=measured)
+
+    def reading(sections):
+        return {name for name in dashboard.panel_metrics(sections) if name.startswith("data/")}
+
+    patterns = [panel.pattern for section in shown("x.tar") for panel in section.panels if panel.pattern]
+    by_kind = {name for name in possible if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert by_kind == {"data/mended/cut"}
+    everything = possible - by_kind - {"perf/data_wait"} | {"data/masked"}
+    assert reading(shown("https://host/manifest.json")) == everything
+    assert reading(shown("a.tar,manifest.json")) == everything, "which may name anything"
+    assert reading(shown("manifest.json", {"data/cache_hits"})) == everything
+    local = reading(shown("manifest.json", {"data/queue"}))
+    assert local == reading(shown("x.tar")) < everything
+    assert everything - local == {
+        "data/cache_hits", "data/fetch_mib_per_second", "data/fetch_ms_p50", "data/fetch_ms_p99",
+    }  # fmt: skip
+    assert reading(shown("scenes")) == {"data/queue", "data/masked"}
+
+
+def test_samples_that_cannot_be_read_have_a_panel_by_kind(tmp_path):
+    run = parse(["--objectives", "itc", "--data", "x.tar"]).run
+    (bad,) = (each for each in dashboard.of_run(run) if each.name == "Bad data")
+    kinds = [f"data/masked/{kind}" for kind in KINDS]
+    assert all(any(re.fullmatch(each.pattern, kind) for each in bad.panels) for kind in kinds)
+    assert not any(re.fullmatch(each.pattern, "data/masked") for each in bad.panels)
 
 
 def test_sections_are_those_that_the_run_has_something_for():
@@ -143,7 +190,7 @@ def test_sections_are_those_that_the_run_has_something_for():
     whole = names("--objectives itc,lm")
     assert whole == [
         "Losses", "Recall and zero-shot", "Captions", "In training", "Gradient norms",
-        "Temperature and learning rate", "Throughput and data wait", "Bad data", "Restarts",
+        "Temperature and learning rate", "Throughput and data wait", "Reading", "Bad data", "Restarts",
     ]  # fmt: skip
     assert names("--objectives itc") == [name for name in whole if name != "Captions"]
     unjudged = names("--objectives itc,lm --data x.tar")

@@ -67,6 +67,20 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
     return "finished"
 
 
+def check(training: Training) -> None:
+    """Refuse stages whose batches these sources and ranks cannot share, before any is trained.
+
+    Raises:
+        UserError: names the sizes.
+    """
+
+    def every_stage() -> None:
+        for stretch in training.curriculum.stretches:
+            _loader(training, stretch)
+
+    training.ranks.on_zero(every_stage)
+
+
 def rehearsal(training: Training) -> Callable[[], None]:
     """A forward and backward of the first stage's first batch that changes nothing, for measuring."""
     stretch = training.curriculum.stretches[0]
@@ -159,7 +173,7 @@ def report(training: Training, stretch: Stretch) -> None:
                 training.sink.note(f"warning: {alarm}")
     if not pending:
         return
-    step, _, done = pending[-1]
+    step = pending[-1][0]
     standing = training.standing
     left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
     reading = training.clock.read(remaining=left)
@@ -172,11 +186,6 @@ def report(training: Training, stretch: Stretch) -> None:
             "samples": standing.samples,
             **_means(pending),
             "train/lr": training.optimizer.param_groups[0]["lr"],
-            "model/gradient_norm": mean(float(each.norm) for _, _, each in pending),
-            **{
-                f"model/gradient_norm/{tower}": mean(float(each.norms[tower]) for _, _, each in pending)
-                for tower in done.norms
-            },
             "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
             "perf/samples_per_second": reading.samples_per_second,
             "perf/seconds_left": reading.seconds_left,
@@ -201,11 +210,13 @@ def _tell(training: Training, sentence: str) -> None:
 
 
 def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:
-    """Each value over the steps that have one: an objective is not fed in every step of a mixture."""
+    """Each value over the steps that have one: not every step of a mixture feeds an objective or a tower."""
     values: dict[str, list[float]] = {}
     for _, _, done in pending:
-        for at, value in done.values.items():
-            values.setdefault(f"train/{at}", []).append(float(value))
+        losses = {f"train/{at}": value for at, value in done.values.items()}
+        norms = {f"model/gradient_norm/{tower}": norm for tower, norm in done.norms.items()}
+        for at, value in {**losses, "model/gradient_norm": done.norm, **norms}.items():
+            values.setdefault(at, []).append(float(value))
     return {at: mean(each) for at, each in values.items()}
 
 

@@ -54,6 +54,20 @@ class Ledger:
         self._file.write(f"{line}\n".encode())
         return None
 
+    def forget(self, *, after: int) -> None:
+        """Cut off the steps after one: on other data or settings they are not done again, but anew."""
+        if self.done <= after:
+            return
+        self._lines = {step: line for step, line in self._lines.items() if step <= after}
+        self._file.seek(0)
+        kept = 0
+        for line in self._file.read().splitlines(keepends=True):
+            match = _LINE.match(line)
+            if match and int(match[1]) > after:
+                break
+            kept += len(line)
+        self._file.truncate(kept)
+
     def flush(self) -> None:
         """Bring every line to the disk itself; called before a checkpoint is published."""
         os.fsync(self._file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
@@ -69,6 +69,7 @@ def read_starts(path: Path) -> Iterator[Start]:
     """The starts of a run, in order; what is no start, such as a torn line, is left out."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            yield Start(**json.loads(line))
+            start = Start(**json.loads(line))
+            yield replace(start, changed=tuple(start.changed))
         except (ValueError, TypeError):
             continue

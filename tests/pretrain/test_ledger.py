@@ -82,6 +82,20 @@ def test_a_line_of_rubbish_counts_as_not_there(tmp_path):
     assert list(Ledger(path).final()) == [1, 2]
 
 
+def test_what_is_forgotten_is_gone_and_done_anew(tmp_path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    for step in (1, 2, 3):
+        ledger.record(step, KEYS, loss=1.0, norm=1.0)
+    ledger.forget(after=3)
+    assert ledger.done == 3
+    ledger.forget(after=1)
+    assert list(Ledger(path).final()) == list(ledger.final()) == [1]
+    assert ledger.record(2, ["others"], loss=2.0, norm=1.0) is None
+    assert ledger.final() == Ledger(path).final()
+    assert list(ledger.final()) == [1, 2]
+
+
 def test_flush_reaches_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)

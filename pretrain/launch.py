@@ -29,7 +29,7 @@ from pretrain.finish import is_finished, show
 from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known
-from pretrain.loop import rehearsal, train
+from pretrain.loop import check, rehearsal, train
 from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
@@ -79,6 +79,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
         training = build(command, curriculum, data, rundir, ranks, stack, changed=changed)
+        check(training)
         during.check(training)
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None

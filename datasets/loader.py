@@ -27,8 +27,7 @@ from datasets.source import Source
 from datasets.tokens import Tokenizer
 from datasets.weights import Weight, weight_at
 
-STEPS_AHEAD = 3
-"""Steps that are read while another is trained on."""
+_STEPS_AHEAD = 3
 _CHUNK = 16  # samples read by one task: enough to hide its start, few enough to share a small batch
 
 
@@ -133,7 +132,7 @@ class Loader:
             for step in range(first, last):
                 before, standing = standing, self._after(step, standing)
                 ahead.append(self._submit(readers, step, before, standing))
-                if len(ahead) > STEPS_AHEAD:
+                if len(ahead) > _STEPS_AHEAD:
                     yield self._next(ahead)
             while ahead:
                 yield self._next(ahead)

@@ -17,6 +17,7 @@ from pretrain.distributed import Ranks
 
 Reason = Literal["start", "network", "storage", "decoding", "threads"]
 _WINDOWS = 2  # that a cache has to hold: the one that is read, and the next, which is being fetched
+_LEAST_WINDOW = 4096  # samples: a smaller one hardly shuffles
 _BUSY = 0.5  # share of the reading threads' time from which reading and decoding are what they do
 _ONE_READ = 0.5  # share of all waiting from which one slow read is the reason
 _DOING = {"read": "reading", "decode": "decoding"}
@@ -86,9 +87,9 @@ def cache_warnings(setting: Setting) -> list[str]:
     if setting.needed <= setting.room:
         return []
     window = setting.shuffle.window
-    while window >= setting.shuffle.lanes and setting.window_bytes(window) / setting.nodes > setting.room:
+    while window >= _LEAST_WINDOW and setting.window_bytes(window) / setting.nodes > setting.room:
         window //= 2
-    smaller = f", or begin a run with --shuffle.window {window}" if window >= setting.shuffle.lanes else ""
+    smaller = f", or begin a run with --shuffle.window {window}" if window >= _LEAST_WINDOW else ""
     return [
         f"warning: windows of {setting.shuffle.window:,} samples of remote data take {_gib(setting.needed)} "
         f"of cache on each machine and --remote.cache has {_gib(setting.room)}, so that much is fetched more "

@@ -40,7 +40,17 @@ _TITLES = {
     "perf/memory_gib": "memory, GiB",
     "perf/lost_steps": "steps done again",
     "data/masked": "samples that could not be read",
+    "data/queue": "steps that lay ready",
+    "data/read_ms_p50": "ms to read, median",
+    "data/read_ms_p99": "ms to read, 99th percentile",
+    "data/decode_ms_p50": "ms to decode, median",
+    "data/cache_hits": "share of reads found in the cache",
+    "data/fetch_ms_p50": "ms to fetch a range, median",
+    "data/fetch_ms_p99": "ms to fetch a range, 99th percentile",
+    "data/fetch_mib_per_second": "MiB fetched per second",
+    "data/retries": "reads and fetches tried again",
 }
+_BY_KIND = {"data/masked/": "samples that could not be read", "data/mended/": "texts mended"}
 _STEADY = ("eval/", "train/lr", "model/logit_scale", "perf/memory_gib")
 """Beside counts: what is shown as it is."""
 _FROM_ZERO = ("perf/", "data/")
@@ -76,6 +86,9 @@ def title(name: str) -> str:
     if name.startswith(_LOSS):
         return f"{name.removeprefix(_LOSS)} loss"
     kind, _, rest = name.partition("/")
+    for counted, words in _BY_KIND.items():
+        if name.startswith(counted):
+            return f"{words}, {name.removeprefix(counted).replace('_', ' ')}"
     return (rest or kind).replace("zero_shot", "zero-shot").replace("/", " ").replace("_", " ")
 
 

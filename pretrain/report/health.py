@@ -51,6 +51,7 @@ def vitals(run: RunData) -> dict[str, Child]:
     for label, (name, summary, words) in measured.items():
         if name in run.series:
             found[label] = words(float(summary(run.series[name].values)))
+    found |= _reading(run)
     took = timing(run)
     if took is not None:
         found["restarts"] = _restarts(run, took)
@@ -58,8 +59,31 @@ def vitals(run: RunData) -> dict[str, Child]:
     masked = run.last("data/masked")
     if masked is not None:
         found["samples that could not be read"] = count(masked) + (
-            f" ({share(masked / run.samples)} of those seen)" if masked else ""
+            f" ({share(masked / run.samples)} of those seen{_kinds(run)})" if masked else ""
         )
+    return found
+
+
+def _reading(run: RunData) -> dict[str, Child]:
+    """What the data have cost on the way to the model, in medians over all reports."""
+
+    def median(name: str) -> float | None:
+        return float(np.median(run.series[name].values)) if name in run.series else None
+
+    found: dict[str, Child] = {}
+    queue = median("data/queue")
+    if queue is not None:
+        found["steps that lay ready, median"] = f"{queue:.1f}"
+    for what, label in {"read": "read a part of a sample", "fetch": "fetch a range"}.items():
+        middle, slow = median(f"data/{what}_ms_p50"), median(f"data/{what}_ms_p99")
+        if middle is not None and slow is not None:
+            found[f"ms to {label}, median and 99th percentile"] = f"{middle:.3g}, {slow:.3g}"
+    decode = median("data/decode_ms_p50")
+    if decode is not None:
+        found["ms to decode an image, median"] = f"{decode:.3g}"
+    hits = median("data/cache_hits")
+    if hits is not None:
+        found["reads found in the cache, median"] = share(hits)
     return found
 
 
@@ -73,6 +97,16 @@ def starts(run: RunData) -> Element | None:
         for each, gap in zip(run.starts, took.gaps, strict=True)
     ]
     return table(["start", "from step", "steps done again", "interrupted for", "trained on"], rows)
+
+
+def _kinds(run: RunData) -> str:
+    """How many of each kind, most first."""
+    prefix = "data/masked/"
+    counts = {
+        name.removeprefix(prefix): run.last(name) or 0.0 for name in run.series if name.startswith(prefix)
+    }
+    ranked = sorted(counts.items(), key=lambda each: -each[1])
+    return "".join(f"; {kind} {count(times)}" for kind, times in ranked)
 
 
 def _newest(values: np.ndarray) -> float:

@@ -80,3 +80,5 @@ def test_metrics_in_words():
     assert title("model/gradient_norm/image") == "gradient norm image"
     assert title("eval/image_to_text_recall@1") == "image to text recall@1"
     assert title("words") == "words"
+    assert title("data/masked/no_caption") == "samples that could not be read, no caption"
+    assert title("data/queue") == "steps that lay ready"

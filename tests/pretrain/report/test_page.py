@@ -6,12 +6,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from datasets.errors import UserError
 from pretrain.report import scores
 from pretrain.report.__main__ import main
-from pretrain.report.collect import collect
+from pretrain.report.collect import Series, collect
 from pretrain.report.health import facts, starts, vitals
 from pretrain.report.page import write_report
 from pretrain.report.words import count, date, duration, score, share
@@ -107,6 +108,28 @@ def test_facts_and_vitals(make_run):
     assert found["restarts"] == "none"
     assert found["memory, most, GiB"] == "1.25"
     assert starts(collect(root)) is None
+
+
+def test_what_reading_cost_is_told_where_it_was_measured(make_run):
+    run = collect(make_run())
+    assert not {label for label in vitals(run) if "read a part" in label or "lay ready" in label}
+    cost = {
+        "data/queue": 2.5, "data/read_ms_p50": 0.125, "data/read_ms_p99": 12.0, "data/decode_ms_p50": 3.25,
+        "data/cache_hits": 0.5, "data/fetch_ms_p50": 40.0, "data/fetch_ms_p99": 900.0,
+        "data/masked/corrupt": 1.0, "data/masked/no_caption": 2.0,
+    }  # fmt: skip
+    at = run.series["step"].samples
+    run.series.update(
+        {name: Series(samples=at, values=np.full(len(at), each)) for name, each in cost.items()}
+    )
+    found = vitals(run)
+    assert found["steps that lay ready, median"] == "2.5"
+    assert found["ms to read a part of a sample, median and 99th percentile"] == "0.125, 12"
+    assert found["ms to decode an image, median"] == "3.25"
+    assert found["ms to fetch a range, median and 99th percentile"] == "40, 900"
+    assert found["reads found in the cache, median"] == "50.0%"
+    masked = found["samples that could not be read"]
+    assert masked == "3 (< 0.1% of those seen; no_caption 2; corrupt 1)"
 
 
 def test_restarts_are_counted_and_listed(make_run):

@@ -83,9 +83,10 @@ def follow(read: Callable[[int, int], bytes], at: int) -> Header:
 def check(block: bytes, at: int) -> None:
     """Refuse a header whose sum is not the one written in it, read unsigned or (old archivers) signed."""
     claimed = _number(block[148:156], at)
-    plain = sum(block) - sum(block[148:156]) + 8 * 32
-    signed = plain - 256 * sum(value > 127 for value in block[:148] + block[156:])
-    if claimed not in (plain, signed):
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    if claimed == total:
+        return
+    if claimed != total - 256 * sum(value > 127 for value in block[:148] + block[156:]):
         raise BrokenHeaderError("header", at, "the header's check sum is wrong")
 
 

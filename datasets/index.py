@@ -70,8 +70,8 @@ def _index(spec: str, out: Path | None, workers: int, *, leave_out: bool) -> Non
         _say(f"damaged: {shown_url(url)} at byte {problem.offset}: {problem.reason} ({problem.kind})")
     if broken and (not leave_out or len(broken) == len(outcomes)):
         raise UserError(
-            f"{len(broken)} of {counted(len(outcomes), 'shard')} are damaged, so no manifest was written: fetch or "
-            "pack them again, or leave them out with --without-damaged"
+            f"{len(broken)} of {counted(len(outcomes), 'shard')} are damaged, and no manifest was written: "
+            "fetch or pack them again, or leave them out with --without-damaged"
         )
     root = shared([job.url for job in jobs])
     manifest = Manifest.of(
@@ -115,7 +115,7 @@ def _jobs(names: list[str], out: Path | None) -> tuple[list[Job], Path]:
 def _report(outcomes: list[Outcome], manifest: Manifest, seconds: float) -> None:
     fresh = [outcome for outcome in outcomes if outcome.seconds and outcome.head is not None]
     size = sum(outcome.head.bytes for outcome in fresh if outcome.head is not None)
-    unusable = sum(outcome.head.faults for outcome in outcomes if outcome.head is not None)
+    unusable = sum(outcome.unusable for outcome in fresh)
     kept = len(outcomes) - len(fresh) - len(manifest.left_out)
     speed = ""
     if size:
@@ -128,9 +128,10 @@ def _report(outcomes: list[Outcome], manifest: Manifest, seconds: float) -> None
     )
     _say(
         f"{counted(len(manifest), 'shard')}, {counted(manifest.size, 'sample')}"
-        + (f", {unusable} of them unusable: `python -m datasets.check` says why" if unusable else "")
         + f", fingerprint {manifest.fingerprint}"
     )
+    if unusable:
+        _say(f"{counted(unusable, 'sample')} cannot be used: `python -m datasets.check` says why")
 
 
 def _say(line: str) -> None:

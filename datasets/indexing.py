@@ -37,10 +37,12 @@ class Outcome(NamedTuple):
     """Of its sidecar, unless the shard is damaged."""
     problem: Problem | None
     """What the damage is."""
-    seconds: float
+    seconds: float = 0.0
     """CPU time that indexing took, or 0 if the sidecar stood already."""
     changed: bool = False
     """Whether it was indexed before with other content."""
+    unusable: int = 0
+    """How many samples have a fault, if it was indexed now."""
 
 
 def standing(path: str) -> tuple[str, Head | None]:
@@ -91,14 +93,11 @@ def index_one(job: Job) -> Outcome:
     with _alone(path):
         head = valid(path, job.url) if not is_remote(job.url) else _valid_remote(path, job.url)
         if head is not None:
-            return Outcome(job, head, None, 0.0)
+            return Outcome(job, head, None)
         before = _read(path)
-        if is_remote(job.url):
-            head, problem = _index_remote(job.url, path)
-        else:
-            head, problem = _index(Path(job.url), path, local=True)
-    changed = head is not None and before is not None and head.digest != before.digest
-    return Outcome(job, head, problem, thread_time() - started, changed)
+        done = _index_remote(job, path) if is_remote(job.url) else _index(job, Path(job.url), path)
+    changed = done.head is not None and before is not None and done.head.digest != before.digest
+    return done._replace(seconds=thread_time() - started, changed=changed)
 
 
 def _places(path: str) -> tuple[str, str]:
@@ -107,22 +106,25 @@ def _places(path: str) -> tuple[str, str]:
     return f"{path}.idx", str(cache_folder() / f"{name}.idx")
 
 
-def _index(path: Path, target: Path, *, local: bool) -> tuple[Head | None, Problem | None]:
+def _index(job: Job, path: Path, target: Path) -> Outcome:
+    """From a file, which may be a copy."""
     found = scan(path)
     if found.problem is not None:
-        return None, found.problem
-    mtime = found.mtime_ns if local else 0
+        return Outcome(job, None, found.problem)
+    samples = group(found.members)
+    mtime_ns = 0 if is_remote(job.url) else found.mtime_ns
     with _writing(target):
-        return sidecar.write(target, found, group(found.members), mtime_ns=mtime), None
+        head = sidecar.write(target, found, samples, mtime_ns=mtime_ns)
+    return Outcome(job, head, None, unusable=len(samples.faults))
 
 
-def _index_remote(url: str, target: Path) -> tuple[Head | None, Problem | None]:
+def _index_remote(job: Job, target: Path) -> Outcome:
     """Through a file beside the sidecar: that disk was chosen by the user, the temporary one may be small."""
     part = target.with_name(f"{target.name}.part")
     try:
         with _writing(target):
-            fetch_to(url, part, remote=Remote())
-        return _index(part, target, local=False)
+            fetch_to(job.url, part, remote=Remote())
+        return _index(job, part, target)
     finally:
         part.unlink(missing_ok=True)
 

@@ -19,10 +19,10 @@ from datasets.errors import UserError
 from datasets.headers import BLOCK, BrokenHeaderError, check, follow, padded
 
 _WINDOW = 4 << 20
-_PLAIN = Struct("100s 24x 11s B 12x 8s B 188x B")  # name, size, what ends it, check sum, type, prefix
+_PLAIN = Struct("100s 24x 11s B 12x 6s 2s B 188x B")  # name, size, its end, check sum, its end, type, prefix
 _FILE = ord("0")
 _EXTENDED = ord("x")
-_TIME = re.compile(rb"\d\d mtime=[\d.]+\n")  # all that webdataset's writer, and so img2dataset, puts there
+_TIME = re.compile(rb"\d\d mtime=[\d.]+\n\0")  # all that webdataset and img2dataset put there
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -173,35 +173,41 @@ def _run(reader: _Reader, begin: int, members: Members) -> int:
     """Take in the members from `begin` while they are plain and lie whole in the window; returns their end.
 
     A header's check sum is tested by Adler-32, which from 1 on holds in its low half 1 plus the sum of the
-    bytes (mod 65521), at the price of two calls around the eight bytes of the check sum itself.
+    bytes (mod 65521), at the price of two calls around the eight bytes of the sum itself. Extended headers
+    that hold nothing but a time are alike but for their length, and told by comparison with those before.
     """
     names, offsets, sizes, crcs = members.names, members.offsets, members.sizes, members.crcs
     buffer, view, filled = reader.buffer, reader.view, reader.filled
-    shift, unpack = reader.begin, _PLAIN.unpack_from
+    shift, unpack, tells_time = reader.begin, _PLAIN.unpack_from, _TIME.match
+    seen: tuple[bytes, ...] = ()
     whole = at = begin - shift
     while at + BLOCK <= filled:
-        name, digits, space, total, kind, prefix = unpack(buffer, at)
-        if prefix or (space and space != 32) or not digits.isdigit():
+        name, digits, space, total, tail, kind, prefix = unpack(buffer, at)
+        if prefix or (space and space != 32) or tail != b"\0 " or not digits.isdigit():
             break
         try:
-            size, claimed = int(digits, 8), int(total[:6], 8)
+            size, claimed = int(digits, 8), int(total, 8)
         except ValueError:
             break
         data = at + BLOCK
         end = data + size
         after = end + (-size) % BLOCK
-        if after > filled or total[6:].strip(b"\0 "):
+        if after > filled:
             break
         if adler32(view[at + 156 : data], adler32(view[at : at + 148])) & 0xFFFF != (claimed - 255) % 65521:
             break
-        at = after
         if kind == _FILE:
             names.append(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
             offsets.append(shift + data)
             sizes.append(size)
             crcs.append(crc32(view[data:end]))
-            whole = after
-        elif kind != _EXTENDED or size > BLOCK or not _TIME.fullmatch(view[data:end]):
+            whole = at = after
+            if buffer.startswith(seen, at) and tells_time(buffer, at + BLOCK):
+                at += 2 * BLOCK
+        elif kind == _EXTENDED and size <= BLOCK and tells_time(buffer, data):
+            seen = (*seen[:3], bytes(view[at:data]))
+            at = after
+        else:
             break
     return shift + whole
 

@@ -30,7 +30,7 @@ from benchmarks.learning.report import curves, plot, tables
 from benchmarks.learning.systems import Settings, resolution
 from datasets.atomic import replace
 from datasets.errors import UserError
-from datasets.shards import expand
+from datasets.patterns import named
 
 _MODEL = Path(__file__).with_name("vit-64-8.json")
 
@@ -65,7 +65,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     side = resolution(settings.model)
     examinations: dict[str, Examination] = {}
     for name, train, val in options.data:
-        expand(train)
+        named(train)
         examinations[name] = Examination.on(val, model=settings.model, resolution=side)
     python = peer_python(options.environment or options.out / "environment")
     found: dict[str, Any] = {

@@ -11,7 +11,6 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from torchvision.io import encode_png
@@ -20,9 +19,11 @@ from datasets.annotations import annotated
 from datasets.atomic import replace
 from datasets.decode import decode
 from datasets.errors import ContentError
-from datasets.shards import Entry, Shard, expand
+from datasets.manifest import open_manifest
+from datasets.store import Store
 
 _PER_SHARD = 500
+_JPEG = b"\xff\xd8"
 
 
 def write_pairs(patterns: str, folder: Path) -> str:
@@ -34,44 +35,43 @@ def write_pairs(patterns: str, folder: Path) -> str:
     count = folder / "count.json"
     if not count.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pairs = [
-            (shard, entry, caption)
-            for shard, entry in _samples(patterns)
-            for caption in _captions(shard, entry)
-        ]
+        manifest = open_manifest(patterns)
+        store = Store(manifest)
+        places = map(manifest.locate, range(manifest.size))
+        pairs = [(place, caption) for place in places for caption in _captions(store, *place)]
         random.Random(0).shuffle(pairs)
         for number, first in enumerate(range(0, len(pairs), _PER_SHARD)):
             with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-                for place, pair in enumerate(pairs[first : first + _PER_SHARD], start=first):
-                    _add(tar, place, *pair)
+                for key, (place, caption) in enumerate(pairs[first : first + _PER_SHARD], start=first):
+                    _add(tar, key, _image(store, *place), caption)
+        store.close()
         replace(count, json.dumps(len(pairs)).encode())
     last = (json.loads(count.read_bytes()) - 1) // _PER_SHARD
     return f"{folder}/{{00000..{last:05d}}}.tar"
 
 
-def _samples(patterns: str) -> Iterator[tuple[Shard, Entry]]:
-    for path in expand(patterns):
-        shard = Shard(path)
-        yield from ((shard, entry) for entry in shard.entries)
-
-
-def _captions(shard: Shard, entry: Entry) -> tuple[str, ...]:
-    if entry.fault:
+def _captions(store: Store, number: int, row: int) -> tuple[str, ...]:
+    sample = store.table(number)[row]
+    if sample.fault or sample.image is None:
         return ()
-    text = None if entry.text is None else shard.read(entry.text)
-    record = None if entry.record is None else shard.read(entry.record)
+    text, record = (part and store.read(number, part) for part in (sample.text, sample.record))
     try:
         return annotated(text, record).captions
     except ContentError:
         return ()
 
 
-def _add(tar: tarfile.TarFile, place: int, shard: Shard, entry: Entry, caption: str) -> None:
-    assert entry.image is not None
-    image, suffix = shard.read(entry.image), "jpg"
-    if not entry.image.name.lower().endswith(("jpg", "jpeg")):
-        image, suffix = bytes(encode_png(decode(image)).numpy()), "png"
+def _image(store: Store, number: int, row: int) -> bytes:
+    """JPEG or PNG."""
+    place = store.table(number)[row].image
+    assert place is not None
+    image = store.read(number, place)
+    return image if image.startswith(_JPEG) else bytes(encode_png(decode(image)).numpy())
+
+
+def _add(tar: tarfile.TarFile, key: int, image: bytes, caption: str) -> None:
+    suffix = "jpg" if image.startswith(_JPEG) else "png"
     for kind, content in ((suffix, image), ("txt", caption.encode())):
-        member = tarfile.TarInfo(f"{place:09d}.{kind}")
+        member = tarfile.TarInfo(f"{key:09d}.{kind}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,14 @@ from datasets.batch import Batch
 from datasets.order import share
 from datasets.scenes import Scenes
 from datasets.tokens import TrainedBPE
+from objectives import objective_class
+from objectives.base import Widths
 from pretrain.distributed import Ranks
 from pretrain.evaluate.judge import Judge
 from pretrain.precision import Compute
+from pretrain.pretrainer import Pretrainer
+from pretrain.zoo.captioner import Captioner
+from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, SmallText, build_model
 from pretrain.zoo.towers import Encoded, ImageTower, TextTower
 
@@ -138,6 +143,35 @@ class TinyText(TextTower):
         real = torch.arange(tokens.shape[1]) < length[:, None]
         pooled = (states * real[..., None]).sum(1) / length[:, None].clamp(min=1)
         return Encoded(self.project(pooled), states)
+
+
+def tiny_pretrainer(
+    kinds: Sequence[str],
+    group: dist.ProcessGroup | None = None,
+    *,
+    dropout: float = 0.0,
+    feeds: Mapping[str, Sequence[str]] | None = None,
+) -> Pretrainer:
+    """Tiny towers and a decoder with these objectives, in float64; the same weights in every process."""
+    torch.manual_seed(0)
+    model = Dual(
+        image=TinyImage(),
+        text=TinyText(dropout=dropout),
+        captioner=Captioner(
+            Captioner.Config(width=8, layers=1, heads=2), image_width=8, vocabulary=20, context_length=16
+        ),
+        logit_scale=torch.tensor(1.5),
+        logit_bias=torch.tensor(-2.0) if "itc" not in kinds else None,
+    )
+    borrower = next((kind for kind in kinds if objective_class(kind).temperature), None)
+    objectives = {
+        kind: objective_class(kind)(
+            objective_class(kind).Config(),
+            Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=kind == borrower),
+        )
+        for kind in kinds
+    }
+    return Pretrainer(model, objectives, group, feeds=feeds).double()
 
 
 def make_samples(count: int, *, seed: int = 0, vocabulary: int = 20) -> list[Batch]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,6 +49,31 @@ def test_the_sum_over_real_tokens_only():
     assert objective.denominator(batch).item() == int((targets != -100).sum())
     hits = ((logits.argmax(-1) == targets) & (targets != -100)).sum()
     assert terms.metrics["accuracy"].item() == hits.item()
+
+
+def test_texts_alone_are_all_scored_and_among_images_only_those_beside_one():
+    torch.manual_seed(0)
+    batch = merge(make_samples(15))
+    objective = LM(LM.Config(), WIDTHS)
+    lengths = batch.text_length - 1
+    index = batch.image_index
+    nowhere = torch.full_like(index, -1)
+    alone = replace(batch, images=batch.images[:0], image_valid=batch.image_valid[:0], image_index=nowhere)
+    assert objective.denominator(alone) == lengths[batch.text_valid].sum()
+    mixed = replace(batch, image_index=torch.where(torch.arange(len(index)) % 2 == 0, -1, index))
+    assert objective.denominator(mixed) == lengths[1::2][batch.pair_valid[1::2]].sum()
+
+    head = VocabularyHead(nn.Parameter(torch.randn(20, 8))).double()
+    states = torch.randn(len(batch.tokens), batch.tokens.shape[1] - 1, 8, dtype=torch.float64)
+    rows = [
+        F.cross_entropy(
+            (states[n, : lengths[n]] @ head.weight.T), batch.tokens[n, 1 : lengths[n] + 1], reduction="sum"
+        )
+        for n in range(len(states))
+    ]
+    for told, scored in ((alone, batch.text_valid), (mixed, mixed.pair_valid)):
+        expected = torch.stack(rows)[scored].sum()
+        torch.testing.assert_close(objective(Decoded(states, head), told).total, expected, rtol=1e-12, atol=0)
 
 
 def test_a_batch_without_a_readable_pair_costs_nothing():

@@ -6,49 +6,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from objectives import OBJECTIVES, objective_class
-from objectives.base import Widths
+from objectives import OBJECTIVES
 from pretrain.distributed import Ranks
 from pretrain.parallel import wrap
 from pretrain.precision import Compute
-from pretrain.pretrainer import Pretrainer, join
+from pretrain.pretrainer import join
 from pretrain.step import agree, backward
-from pretrain.testing import TinyImage, TinyText, make_samples, split
-from pretrain.zoo.captioner import Captioner
-from pretrain.zoo.dual import Dual
+from pretrain.testing import make_samples, split, tiny_pretrainer
 
 ALONE = [(kind,) for kind in OBJECTIVES]
 PAIRS = list(itertools.combinations(OBJECTIVES, 2))
 SAMPLES = 23
 
 
-def build(kinds: tuple[str, ...], group=None, *, dropout: float = 0.0) -> Pretrainer:
-    torch.manual_seed(0)
-    model = Dual(
-        image=TinyImage(),
-        text=TinyText(dropout=dropout),
-        captioner=Captioner(
-            Captioner.Config(width=8, layers=1, heads=2), image_width=8, vocabulary=20, context_length=16
-        ),
-        logit_scale=torch.tensor(1.5),
-        logit_bias=torch.tensor(-2.0) if "itc" not in kinds else None,
-    )
-    borrower = next((kind for kind in kinds if objective_class(kind).temperature), None)
-    objectives = {
-        kind: objective_class(kind)(
-            objective_class(kind).Config(),
-            Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=kind == borrower),
-        )
-        for kind in kinds
-    }
-    return Pretrainer(model, objectives, group).double()
-
-
 def gradient(
     ranks: Ranks, kinds: tuple[str, ...], micro_batches: int, dropout: float = 0.0
 ) -> tuple[list[float], dict[str, int]]:
     """The gradient of one step, flat, and how often each tower ran."""
-    pretrainer = build(kinds, ranks.group, dropout=dropout)
+    pretrainer = tiny_pretrainer(kinds, ranks.group, dropout=dropout)
     runs = {"image": 0, "text": 0, "captioner": 0}
     for name in runs:
         tower = getattr(pretrainer.model, name)
@@ -110,7 +85,7 @@ def test_the_second_pass_repeats_the_first_with_dropout_on():
     ranks = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
     two_pass, _ = gradient(ranks, ("itc",), 3, dropout=0.5)
 
-    pretrainer = build(("itc",), dropout=0.5)
+    pretrainer = tiny_pretrainer(("itc",), dropout=0.5)
     batches = split(make_samples(SAMPLES), ranks, 3)
     agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
     pieces = []
@@ -130,7 +105,8 @@ def test_a_flag_on_one_rank_is_seen_by_all_and_masked_samples_are_added_up(pool)
 
 def flagged(ranks: Ranks) -> tuple[bool, int]:
     batches = split(make_samples(8), ranks, 1)
-    agreed = agree(build(("lm",), ranks.group), batches, ranks, stop=ranks.rank == 2, masked=ranks.rank)
+    pretrainer = tiny_pretrainer(("lm",), ranks.group)
+    agreed = agree(pretrainer, batches, ranks, stop=ranks.rank == 2, masked=ranks.rank)
     return agreed.stop, agreed.masked
 
 
@@ -138,7 +114,7 @@ def test_a_step_keeps_to_its_device():
     """The meta device stands for a GPU: an operation that mixes it with host memory fails."""
     meta = torch.device("meta")
     ranks = Ranks(rank=0, world=1, device=meta, group=None)
-    pretrainer = build(("itc", "lm")).to(meta)
+    pretrainer = tiny_pretrainer(("itc", "lm")).to(meta)
     batches = [batch.to(meta) for batch in split(make_samples(8), ranks, 1)]
     agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
     assert {count.device for count in agreed.counts.values()} == {meta}
@@ -151,7 +127,7 @@ def test_a_masked_slot_changes_nothing_but_itself():
     compute = Compute(device=alone.device, bf16=False)
 
     def grads(chosen) -> torch.Tensor:
-        pretrainer = build(("itc", "lm"))
+        pretrainer = tiny_pretrainer(("itc", "lm"))
         batches = split(chosen, alone, 1)
         agreed = agree(pretrainer, batches, alone, stop=False, masked=0)
         factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}

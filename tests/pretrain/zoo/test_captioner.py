@@ -72,6 +72,33 @@ def test_the_image_is_looked_at_once(captioner, inputs, monkeypatch):
     assert len(looks) == CONFIG.layers
 
 
+def test_without_an_image_it_is_a_causal_language_model(captioner, inputs):
+    """As if every look at the image said nothing: equal states, equal gradients, and none for the look."""
+    image, tokens = inputs
+    looking = ("image_norm", "look_kv", "query.", "cross_norm", "cross_out")
+    states = captioner(None, tokens)
+    assert not torch.allclose(states, captioner(image, tokens))
+    states.square().sum().backward()
+    alone = {name: parameter.grad for name, parameter in captioner.named_parameters()}
+    assert {name for name, grad in alone.items() if grad is None} == {
+        name for name in alone if any(part in name for part in looking)
+    }
+    captioner.zero_grad()
+    with torch.no_grad():
+        for block in captioner.blocks:
+            block.cross_out.weight.zero_()
+            block.cross_out.bias.zero_()
+    blind = captioner(image, tokens)
+    torch.testing.assert_close(states, blind, rtol=0, atol=1e-12)
+    blind.square().sum().backward()
+    for name, parameter in captioner.named_parameters():
+        if alone[name] is not None:
+            torch.testing.assert_close(alone[name], parameter.grad, rtol=0, atol=1e-9, msg=name)
+    cache = captioner.start(None)
+    steps = [captioner.extend(tokens[:, t : t + 1], cache=cache) for t in range(7)]
+    torch.testing.assert_close(torch.cat(steps, 1), states, rtol=0, atol=1e-12)
+
+
 def test_a_block_is_its_formula(captioner, inputs):
     image, tokens = inputs
     block = captioner.blocks[0]

@@ -1,6 +1,7 @@
 """CoCa's own decoder: logits, gradients and captions of open_clip's module, and one run of its text tower."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +156,42 @@ def test_loss_and_gradients_equal_those_of_open_clips_logits(pair):
         torch.testing.assert_close(gradient, named[key].grad, rtol=1e-8, atol=1e-10, msg=key)
         seen += 1
     assert seen > 30
+
+
+def test_texts_alone_are_open_clips_decoder_with_its_looks_left_out(pair):
+    """Where each cross-attention block of open_clip adds nothing, and for gradients of the words alike."""
+    model, made = pair
+    batch = captions()
+    texts = replace(
+        batch,
+        images=batch.images[:0],
+        image_valid=batch.image_valid[:0],
+        image_index=torch.full_like(batch.image_index, -1),
+    )
+    owner = objective_class("lm")
+    lm = owner(owner.Config(), widths=None)
+    assert lm.denominator(texts) == (batch.text_length - 1).sum()
+    lm(ModelEncodings(made, texts, group=None, seed=()), texts).total.backward()
+    with torch.no_grad():
+        for block in model.text_decoder.cross_attn:
+            for part in (block.attn.out_proj, block.mlp.c_proj):
+                part.weight.zero_()
+                part.bias.zero_()
+    logits = model(pixels(batch), padded(batch.tokens))["logits"]
+    targets = padded(batch.tokens)[:, 1:].masked_fill(
+        torch.arange(1, CONTEXT) >= batch.text_length[:, None], -1
+    )
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum").backward()
+    named, ours_at = dict(model.named_parameters()), {p.data_ptr(): p for p in made.parameters()}
+    seen = 0
+    for key, value in open_clip_state(made).items():
+        found = ours_at[value.data_ptr()].grad if value.data_ptr() in ours_at else None
+        if "cross_attn" in key or key.startswith("visual"):
+            assert found is None, key
+        elif key in named and named[key].grad is not None:
+            torch.testing.assert_close(found, named[key].grad, rtol=1e-8, atol=1e-10, msg=key)
+            seen += 1
+    assert seen > 15
 
 
 def test_greedy_captions_are_those_of_open_clips_forward(pair):

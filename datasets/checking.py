@@ -18,8 +18,8 @@ from datasets.sidecar import Place, Table, digest
 
 _SHA256 = re.compile(rb'"sha256"\s*:\s*"([0-9a-f]{64})"')
 _PROBE = 8  # samples that show whether their sha256 is that of the stored image
-_CODE = ("pyd", "pkl", "pickle", "pt", "pth", "npy", "npz", "cbor", "dill")
-"""Suffixes that webdataset and others unpickle, or can; here they are bytes like any other."""
+_CODE = re.compile(r"pyd|pkl|p(?:ickle)|dill|pth?", re.IGNORECASE)
+"""Suffixes whose content webdataset and others load as objects, code included; here it is never read."""
 
 
 class Wanted(NamedTuple):
@@ -142,7 +142,7 @@ def _remarks(members: Members) -> Iterator[Problem]:
             yield Problem("name", at, f"the name {shown} leads out of the folder it is unpacked to")
         if what != "a folder" and kinds[number] < 0:
             yield Problem("no file", at, f"{shown} is {what}, not a file")
-        if name.rpartition(".")[2].lower() in _CODE:
+        if _CODE.fullmatch(name.rpartition(".")[2]):
             yield Problem(
                 "code", at, f"{shown} can run code where other programs load it; it is not read here"
             )

@@ -1,14 +1,21 @@
 """What is refused when the parts of a run are put together."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from datasets.errors import UserError
+from datasets.holding import Holding, Holds
+from datasets.loader import Feed
+from datasets.scenes import Scenes
+from datasets.sources import SourceConfig
 from objectives import objective_class
 from objectives.base import Objective, Widths
-from pretrain.build import check_written
+from pretrain.build import check_size, check_written, feeding
+from pretrain.cli import parse
+from pretrain.config import Run
 
 WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
 
@@ -24,3 +31,54 @@ def test_texts_that_nothing_opens_are_not_to_be_written():
     check_written(unopened, objectives("itc", "siglip"))
     with pytest.raises(UserError, match="objective 'lm' predicts texts from their start token"):
         check_written(unopened, objectives("siglip", "lm"))
+
+
+def mixture(**sources: tuple[Holds, str]) -> tuple[Run, list[Feed]]:
+    """A run of sources that hold something and name objectives."""
+    configs = {
+        name: SourceConfig(holds=holds, objectives=tuple(filter(None, named.split(","))))
+        for name, (holds, named) in sources.items()
+    }
+    run = replace(parse(["--objectives", "itc,lm"]).run, sources=configs)
+    source = Scenes(size=300)
+    return run, [
+        Feed(name=name, source=source, holding=Holding(holds=holds)) for name, (holds, _) in sources.items()
+    ]
+
+
+def test_a_source_feeds_what_it_names_or_all_that_it_can():
+    fed = feeding(
+        *mixture(
+            pairs=("captions", ""), more=("captions", "itc"), books=("text", ""), kinds=("classes", "lm")
+        )
+    )
+    assert fed == {"pairs": ("itc", "lm"), "more": ("itc",), "books": ("lm",), "kinds": ("lm",)}
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        ({"books": ("text", "")}, "objective 'itc' needs image, which scenes does not give as text"),
+        (
+            {"pairs": ("captions", ""), "books": ("text", "itc")},
+            "objective 'itc' needs image, which scenes does not give as text: that gives text",
+        ),
+        ({"pairs": ("captions", "lm")}, "no source feeds objective 'itc': name it in a --sources.NAME.obj"),
+        (
+            {"pairs": ("captions", ""), "photos": ("images", "")},
+            "no objective of this run can be fed with source 'photos', which gives image",
+        ),
+    ],
+)
+def test_what_cannot_be_fed_is_refused_in_one_sentence(sources, sentence):
+    with pytest.raises(UserError, match=sentence) as raised:
+        feeding(*mixture(**sources))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_source_smaller_than_the_largest_batch_is_refused():
+    run, feeds = mixture(pairs=("captions", ""))
+    stages = {name: replace(run.stages["one"], batch=batch) for name, batch in (("a", 300), ("b", 301))}
+    check_size(replace(run, stages={"a": stages["a"]}), feeds)
+    with pytest.raises(UserError, match="scenes has 300 samples, too few for one batch of 301"):
+        check_size(replace(run, stages=stages), feeds)

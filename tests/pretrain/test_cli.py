@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from datasets.errors import UserError
+from datasets.sources import SourceConfig
 from objectives.itc import ITC
 from objectives.lm import LM
 from objectives.siglip import SigLIP
@@ -27,6 +28,44 @@ def test_objectives_by_name_weight_and_flag():
 def test_a_weight_may_be_points_of_a_line():
     run = parsed("--objectives lm --objectives.lm.weight 0 0.0 100 1.0").run
     assert run.objectives["lm"].weight == ((0, 0.0), (100, 1.0))
+
+
+def test_data_without_a_name_is_the_recipes_only_source():
+    assert parsed("--data x.tar").run.sources == {"data": SourceConfig(data="x.tar")}
+    assert parsed("--data x.tar --data y.tar").run.data == "y.tar"
+    assert parsed("--objectives itc").run.sources == {"data": SourceConfig()}
+
+
+def test_sources_by_name_have_flags_of_their_own():
+    run = parsed(
+        "--objectives itc,lm --data pairs=a/*.tar,b=c/*.tar --data books=x.json --sources.books.holds text "
+        "--sources.books.weight 0 0.0 100 2.0 --sources.books.objectives lm --sources.pairs.captions all "
+        "--pool all --shuffle.lanes 4 --shuffle.window 4096 --bad.overall 0.1 --remote.cache 2"
+    ).run
+    assert run.sources == {
+        "pairs": SourceConfig(data="a/*.tar,b=c/*.tar", captions="all"),
+        "books": SourceConfig(data="x.json", holds="text", weight=((0, 0.0), (100, 2.0)), objectives=("lm",)),
+    }
+    assert (run.pool, run.shuffle.lanes, run.shuffle.window) == ("all", 4, 4096)
+    assert (run.bad.overall, run.remote.cache) == (0.1, 2)
+
+
+def test_a_mixture_of_a_recipe_is_kept_where_a_name_is(tmp_path):
+    line = "--data pairs=a.tar --data books=b.tar --sources.books.holds text --sources.books.weight 0.25"
+    path = tmp_path / "run.yaml"
+    path.write_text(runfile.dump(parsed(line).run))
+    assert parsed(f"--recipe {path}").run == parsed(line).run
+    again = parsed(f"--recipe {path} --data books=c.tar --data more=d.tar").run
+    assert again.sources == {
+        "books": SourceConfig(data="c.tar", holds="text", weight=0.25),
+        "more": SourceConfig(data="d.tar"),
+    }
+
+
+def test_leave_to_change_is_no_part_of_the_run():
+    one, other = parsed("--objectives itc"), parsed("--objectives itc --allow-changed")
+    assert (one.allow_changed, other.allow_changed) == (False, True)
+    assert (one.run, one.out) == (other.run, other.out)
 
 
 def test_the_last_of_two_flags_wins_and_dicts_have_flags():
@@ -88,6 +127,15 @@ def test_the_same_command_has_the_same_directory_whatever_its_budget():
         ("--objectives itc --objectives.itc.smoothing 2", "--objectives.itc.smoothing is 2"),
         ("--objectives lm --objectives.lm.weight 500 1.0 0 0.0", "with rising steps"),
         ("--recipe clip:Run", "recipe clip has no Run"),
+        ("--sources.data.weight -1", "--sources.data.weight is -1"),
+        ("--sources.data.weight 5 1.0 0 1.0", "--sources.data.weight needs STEP VALUE points with rising"),
+        ("--sources.data.weight 0", "no source has a weight above zero at step 0"),
+        ("--data a=x --data b=y --sources.a.weight 0 1.0 9 0.0 --sources.b.weight 0", "above zero at step 9"),
+        ("--sources.data.objectives mlm", "names 'mlm', which this run does not have; it has itc, lm"),
+        ("--sources.data.classes names.txt", "classes belongs to --sources.data.holds classes, and that is"),
+        ("--shuffle.lanes 0", "--shuffle.lanes is 0"),
+        ("--shuffle.lanes 9 --shuffle.window 8", "--shuffle.window is 8; it must be at least the 9 lanes"),
+        ("--allow-change", "unknown flag --allow-change; did you mean --allow-changed"),
         ("--objectivs itc", "unknown flag --objectivs; did you mean --objectives"),
     ],
 )

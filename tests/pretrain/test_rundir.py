@@ -83,6 +83,28 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path):
     open_run(tmp_path, text(), identity="a1").close()
 
 
+def test_what_weights_do_not_hang_on_may_be_changed_on_purpose(tmp_path):
+    trained(tmp_path)
+    other = text(optim={"lr": 0.003, "betas": [0.9, 0.98]})
+    with pytest.raises(UserError, match=r"optim\.lr .*, or go on in spite of it with --allow-changed"):
+        open_run(tmp_path, other, identity="b2", changeable={"optim"})
+    with open_run(tmp_path, other, identity="b2", changeable={"optim"}, allow_changed=True) as run:
+        assert run.changed == ("optim.lr (0.002 there, 0.003 here)",)
+        assert run.run_yaml.read_text().startswith("# identity: a1"), "the caller has yet to accept it"
+        record(run, other, identity="b2")
+    with open_run(tmp_path, other, identity="b2") as run:
+        assert run.changed == ()
+
+
+def test_what_weights_hang_on_is_refused_whatever_is_allowed(tmp_path):
+    trained(tmp_path)
+    other = text(optim={"lr": 0.003, "betas": [0.9, 0.98]}, model="tiny")
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, other, identity="b2", changeable={"optim"}, allow_changed=True)
+    assert "which differs in model (nothing there, tiny here): choose another --out" in str(caught.value)
+    assert "allow-changed" not in str(caught.value)
+
+
 def test_many_differences_are_counted_and_none_is_another_order(tmp_path):
     trained(tmp_path)
     with pytest.raises(UserError, match=r"a \(.*; b \(.*; c \(.*; and 2 more"):

@@ -20,6 +20,14 @@ def test_restarts_and_lost_steps_add_up(tmp_path):
     ]
 
 
+def test_what_was_allowed_to_change_is_on_record_and_older_lines_have_none(tmp_path):
+    path = tmp_path / "starts.jsonl"
+    path.write_text('{"time": 17, "step": 0, "lost": 0, "ranks": 1, "device": "cpu"}\n')
+    words = ("seed (0 there, 5 here)", "the source books, which is new")
+    record_start(path, step=6, done=6, ranks=1, device="cpu", changed=words)
+    assert [tuple(each.changed) for each in read_starts(path)] == [(), words]
+
+
 def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path):
     path = tmp_path / "starts.jsonl"
     start(path, 0, 0)

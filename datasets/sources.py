@@ -12,7 +12,7 @@ from datasets.health import Meter
 from datasets.holding import NEEDS, Holding, Holds
 from datasets.loader import Feed
 from datasets.remote import Remote
-from datasets.source import Source
+from datasets.source import Field, Source
 from datasets.views import Augment
 from datasets.weights import Weight, check_weight
 
@@ -106,8 +106,9 @@ def open_mixture(
         missing = NEEDS[config.holds] - source.fields
         if missing:
             raise UserError(
-                f"--sources.{name}.holds {config.holds} needs {', '.join(sorted(missing))}, which {source.name} "
-                f"does not hold; it holds {', '.join(sorted(source.fields)) or 'nothing that is known'}"
+                f"--sources.{name}.holds {config.holds} needs {', '.join(sorted(missing))}, which "
+                f"{source.name} does not hold; it holds "
+                f"{', '.join(sorted(source.fields)) or 'nothing that is known'}"
             )
         holding = Holding(
             holds=config.holds,
@@ -121,8 +122,11 @@ def open_mixture(
 def _classes(name: str, config: SourceConfig, source: Source) -> Classes:
     if config.classes:
         return load_classes(config.classes)
-    sample = source.read(0, seed=(0,), resolution=1, train=False, fields=frozenset({"label"}))
-    if isinstance(sample.label, int):
+    only: frozenset[Field] = frozenset({"label"})
+    first = (
+        source.read(i, seed=(0,), resolution=1, train=False, fields=only) for i in range(source.size or 1)
+    )
+    if isinstance(next((sample.label for sample in first if sample.label is not None), None), int):
         raise UserError(
             f"the classes of {source.name} are numbers: name them with --sources.{name}.classes, `imagenet` "
             "or a file with one name a line"

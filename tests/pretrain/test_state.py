@@ -45,7 +45,7 @@ def test_a_checkpoint_is_taken_up_as_it_stands():
     ],
 )
 def test_what_another_release_wrote_is_refused_in_one_sentence(saved):
-    with pytest.raises(UserError, match="written by another release.* or choose another --out") as raised:
+    with pytest.raises(UserError, match=r"written by another release.* or choose another --out") as raised:
         Standing.of(json.loads(json.dumps(saved)))
     assert "\n" not in str(raised.value)
 

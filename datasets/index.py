@@ -87,7 +87,7 @@ def _index(spec: str, out: Path | None, workers: int, *, leave_out: bool) -> Non
         manifest.save(folder / "manifest.json")
     except OSError as error:
         raise UserError(f"cannot write {folder / 'manifest.json'}: {error.strerror}") from error
-    sys.stdout.write(f"{folder / 'manifest.json'}\n")
+    sys.stdout.write(f"{shown_url(str(folder / 'manifest.json'))}\n")
 
 
 def _jobs(names: list[str], out: Path | None) -> tuple[list[Job], Path]:

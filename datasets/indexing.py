@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from datasets import sidecar
 from datasets.errors import UserError
-from datasets.grouping import group
+from datasets.grouping import group, printable
 from datasets.remote import Remote, fetch_to, is_remote, shown, size_of
 from datasets.scan import Problem, scan
 from datasets.sidecar import MAGIC, Head
@@ -201,4 +201,4 @@ def _writing(path: Path) -> Generator[None]:
 
 def shown_url(url: str) -> str:
     """A path or URL for messages."""
-    return shown(url) if is_remote(url) else url
+    return shown(url) if is_remote(url) else printable(url)

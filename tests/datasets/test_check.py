@@ -214,6 +214,15 @@ def test_remote_shards_are_checked_against_local_or_remote_sidecars(fault_server
     assert "404" in out
 
 
+def test_names_of_files_that_cannot_be_printed(tmp_path, pack, checked, capsys):
+    path = pack(tmp_path / "caf\udce9\x1b[31m.tar", PAIRS)
+    assert index_main([str(path)]) == 0
+    path.write_bytes(path.read_bytes()[:1000])
+    code, out, found = checked(path)
+    assert (code, found[0][1]) == (1, path.name)
+    assert "/caf\\udce9\\x1b[31m.tar at byte 0: it ends in a payload" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -130,9 +130,8 @@ def test_what_is_no_plain_file_is_named_and_stepped_over(tmp_path, pack, layout)
     assert found.members.sizes[-1] == 4
 
 
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar program")
 def test_sparse_files_of_gnu_tar_are_stepped_over(tmp_path):
-    if shutil.which("tar") is None:
-        pytest.skip("there is no tar program")
     with (tmp_path / "s.jpg").open("wb") as file:
         for place in range(1, 40):  # more pieces than a header has room for
             file.seek(place << 16)
@@ -157,6 +156,21 @@ def test_sparse_files_of_gnu_tar_are_stepped_over(tmp_path):
         assert list(found.members.odd) == [0]
         assert found.members.names[1] == "t.jpg"
         assert found.members.crcs[1] == zlib.crc32(b"after")
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar program")
+@pytest.mark.parametrize("layout", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_archives_of_the_tar_program_are_read_as_tarfile_reads_them(tmp_path, layout):
+    folder = tmp_path / "d/deeper/deeper/deeper"
+    folder.mkdir(parents=True)
+    for number, name in enumerate(["a.jpg", "b c.txt", "caf\udce9.jpg", "日本.txt", "x" * 90 + ".jpg"]):
+        (folder / name).write_bytes(b"x" * 500 * number)
+    path = tmp_path / "x.tar"
+    command = ["tar", f"--format={layout}", "-cf", str(path), "-C", str(tmp_path), "d"]
+    subprocess.run(command, check=layout != "v7", stderr=subprocess.DEVNULL)  # which leaves long names out
+    members = read_by_us(path)
+    assert members == read_by_tarfile(path)
+    assert len(members) > 5
 
 
 def test_sizes_in_base_256_and_signed_sums_of_old_archivers(tmp_path):

@@ -1,6 +1,6 @@
 """What indexing costs: CPU seconds per gigabyte, with checksums, beside `tarfile` and webdataset.
 
-    python -m benchmarks.indexing [--gigabytes 1]
+    python -m benchmarks.indexing [--gigabytes 0.3]
 
 Shards of 10,000 samples at most are written to a temporary folder as img2dataset does, through webdataset's
 writer: an image of random bytes, a caption and a record of 600 bytes. Indexing reads every byte, takes the
@@ -106,7 +106,7 @@ def measure(size: int, gigabytes: float, folder: Path) -> dict[str, float]:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="written for each size of image")
+    parser.add_argument("--gigabytes", type=float, default=0.3, help="written for each size of image")
     options = parser.parse_args(arguments)
     print("CPU s/GB" + "".join(f"{name:>18}" for name in READERS))
     missed = False

@@ -107,6 +107,7 @@ class Store:
                 self._ranges.stop()
         self._ahead.close(patience=1.0)
         self._files.close()
+        self._runs.cache_clear()  # each holds its sidecar open
 
     def _open_table(self, number: int) -> tuple[Table, Runs]:
         shard = self._shard(number)

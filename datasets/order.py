@@ -149,7 +149,7 @@ class Order:
     def _at(self, epoch: int, spot: int) -> int:
         """The index at a spot of the permuted and joined runs; the short last run stands anywhere."""
         assert self.size is not None
-        run = max(1, min(RUN, min(self.window, self.size) // (self.lanes * _RUNS_PER_WINDOW)))
+        run = run_length(self.size, lanes=self.lanes, window=self.window)
         runs, rest = divmod(self.size, run)
         keys = _round_keys("runs", self.seed, self.name, epoch, self.size, run)
         short = keys[0] % (runs + 1) * run
@@ -157,6 +157,11 @@ class Order:
             return runs * run + spot - short
         number, place = divmod(spot if spot < short else spot - rest, run)
         return _permute(number, size=runs, keys=keys) * run + place
+
+
+def run_length(size: int, *, lanes: int, window: int) -> int:
+    """Neighbours that stay together in the order of `size` samples: at most RUN, fewer in small windows."""
+    return max(1, min(RUN, min(window, size) // (lanes * _RUNS_PER_WINDOW)))
 
 
 def share(total: int, rank: int, ranks: int) -> range:

@@ -9,7 +9,7 @@ from typing import Literal
 from datasets.health import Meter, Running
 from datasets.indexing import cores
 from datasets.loader import Feed
-from datasets.order import Shuffle
+from datasets.order import RUN, Shuffle, run_length
 from datasets.remote import Remote
 from datasets.tars import Tars
 from pretrain.config import Run
@@ -17,7 +17,6 @@ from pretrain.distributed import Ranks
 
 Reason = Literal["start", "network", "storage", "decoding", "threads"]
 _WINDOWS = 2  # that a cache has to hold: the one that is read, and the next, which is being fetched
-_LEAST_WINDOW = 4096  # samples: a smaller one hardly shuffles
 _BUSY = 0.5  # share of the reading threads' time from which reading and decoding are what they do
 _ONE_READ = 0.5  # share of all waiting from which one slow read is the reason
 _DOING = {"read": "reading", "decode": "decoding"}
@@ -65,11 +64,16 @@ class Setting:
         )
 
     def window_bytes(self, window: int) -> float:
-        """What the caches of all machines hold together where nothing is fetched twice within an epoch."""
-        return sum(
-            min(_WINDOWS * window, source.size) * source.bytes / source.size
-            for source in self.stored.values()
-        )
+        """What the caches of all machines hold together where nothing is fetched twice within an epoch.
+
+        Runs of RUN samples are fetched whole, also where the order takes apart a small window more finely.
+        """
+        total = 0.0
+        for source in self.stored.values():
+            run = run_length(source.size, lanes=self.shuffle.lanes, window=window)
+            samples = min(_WINDOWS * window / run * RUN, source.size)
+            total += samples * source.bytes / source.size
+        return total
 
     @property
     def needed(self) -> float:
@@ -86,14 +90,15 @@ def cache_warnings(setting: Setting) -> list[str]:
     """Said at the start where the cache is too small for the shuffle window."""
     if setting.needed <= setting.room:
         return []
-    window = setting.shuffle.window
-    while window >= _LEAST_WINDOW and setting.window_bytes(window) / setting.nodes > setting.room:
+    lanes, window = setting.shuffle.lanes, setting.shuffle.window
+    while window >= lanes and setting.window_bytes(window) / setting.nodes > setting.room:
         window //= 2
-    smaller = f", or begin a run with --shuffle.window {window}" if window >= _LEAST_WINDOW else ""
+    whole = run_length(window, lanes=lanes, window=window) == RUN  # else a part of what is fetched is used
     return [
-        f"warning: windows of {setting.shuffle.window:,} samples of remote data take {_gib(setting.needed)} "
-        f"of cache on each machine and --remote.cache has {_gib(setting.room)}, so that much is fetched more "
-        f"than once: raise it{smaller}"
+        f"warning: windows of {setting.shuffle.window:,} samples of remote data take "
+        f"{_amount(setting.needed)} of cache on each machine and --remote.cache has {_amount(setting.room)}, "
+        "so that much is fetched more than once: raise it"
+        + (f", or begin a run with --shuffle.window {window}" if whole else "")
     ]
 
 
@@ -113,8 +118,8 @@ def why_slow(sums: Mapping[str, float], setting: Setting, *, fetched: float | No
             return "storage", _storage(sums)
         if fetched is not None:
             return "start", (
-                f"the first shuffle window is being fetched, {_gib(fetched)} of {_gib(setting.needed)} are "
-                f"here and {_fetching(sums)}; this passes when it is"
+                f"the first shuffle window is being fetched, {_amount(fetched)} so far of at most "
+                f"{_amount(setting.needed * setting.nodes)}; {_fetching(sums)}; this passes when it is here"
             )
         return "network", _network(sums, setting)
     more = (
@@ -149,7 +154,7 @@ def why_late(seconds: float, meter: Meter, *, fetched: float, setting: Setting) 
     if retries:
         said.append(f"{retries:.0f} retries{f', the last because {reason}' if reason else ''}")
     if setting.stored:
-        said.append(f"{_gib(fetched)} fetched since the start")
+        said.append(f"{_amount(fetched)} fetched since the start")
     if not running:
         said.append(f"no read is under way, the {setting.threads} reading threads make samples and batches")
     return f"warning: no data for the next step for {seconds:.0f} s: {'; '.join(said)}"
@@ -189,5 +194,5 @@ def _taking(running: Running) -> str:
     return f"{running.what} for {running.seconds:.0f} s"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _amount(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

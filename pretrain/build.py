@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from time import monotonic
 
 import torch
 
 from datasets.errors import UserError
 from datasets.holding import GIVES
 from datasets.loader import Feed
+from datasets.order import RUN
 from datasets.source import Field
 from datasets.tokens import Tokenizer, TrainedBPE
 from objectives import kind_of, objective_class
@@ -24,6 +26,8 @@ from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
 from pretrain.zoo.vision import fitting
 
 _CAPTIONS_FOR_TOKENIZER = 20_000
+_AHEAD = 32 * RUN  # samples whose captions are fetched while others are read
+_SILENCE = 10.0  # seconds
 
 
 def feeding(run: Run, feeds: Sequence[Feed]) -> dict[str, tuple[str, ...]]:
@@ -79,29 +83,66 @@ def check_size(run: Run, feeds: Sequence[Feed]) -> None:
             )
 
 
-def build_tokenizer(run: Run, feeds: Sequence[Feed], rundir: RunDir, ranks: Ranks) -> Tokenizer:
-    """The model's own tokenizer, or one trained on the data's captions and kept in the run directory."""
+def build_tokenizer(
+    run: Run,
+    feeds: Sequence[Feed],
+    rundir: RunDir,
+    ranks: Ranks,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Tokenizer:
+    """The model's own tokenizer, or one trained on the data's captions and kept in the run directory.
+
+    Args:
+        run: which model, and how many words.
+        feeds: the data.
+        rundir: where it is kept.
+        ranks: rank zero trains it.
+        say: told how far reading the captions is, where that takes long.
+    """
     own = own_tokenizer(run.model)
     if own is not None:
         return own
     assert isinstance(run.model, DualConfig)
     context_length = run.model.text.context_length
-    ranks.on_zero(lambda: _train_tokenizer(run, feeds, rundir, context_length))
+    ranks.on_zero(lambda: _train_tokenizer(run, feeds, rundir, context_length, say))
     return TrainedBPE.load(rundir.tokenizer)
 
 
-def _train_tokenizer(run: Run, feeds: Sequence[Feed], rundir: RunDir, context_length: int) -> None:
+def _train_tokenizer(
+    run: Run,
+    feeds: Sequence[Feed],
+    rundir: RunDir,
+    context_length: int,
+    say: Callable[[str], None] | None,
+) -> None:
     if rundir.tokenizer.exists():
         return
     each = -(-_CAPTIONS_FOR_TOKENIZER // len(feeds))
     captions = (caption for feed in feeds for caption in islice(_captions(feed), each))
+    if say is not None:
+        captions = _watched(captions, say)
     trained = TrainedBPE.train(captions, vocabulary=run.vocabulary, context_length=context_length)
     trained.save(rundir.tokenizer)
 
 
+def _watched(captions: Iterator[str], say: Callable[[str], None]) -> Iterator[str]:
+    """The same, with a sentence now and then."""
+    said = monotonic()
+    for number, caption in enumerate(captions):
+        if monotonic() - said > _SILENCE:
+            said = monotonic()
+            say(f"reading captions for the vocabulary: {number:,} of at most {_CAPTIONS_FOR_TOKENIZER:,}")
+        yield caption
+
+
 def _captions(feed: Feed) -> Iterator[str]:
     """What a source has to say, in its own order."""
-    for index in range(_CAPTIONS_FOR_TOKENIZER if feed.source.size is None else feed.source.size):
+    size = _CAPTIONS_FOR_TOKENIZER if feed.source.size is None else feed.source.size
+    for index in range(size):
+        if feed.source.remote and index % RUN == 0:
+            for later in range(index, min(index + _AHEAD, size), RUN):
+                feed.source.prefetch(later)
         if feed.holding.holds == "classes":
             key = (0, 0, index)
             fields: frozenset[Field] = frozenset({"label"})

@@ -109,7 +109,7 @@ def build(
     """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
     run = command.run
     compute = compute_for(run.precision, ranks.device)
-    tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
+    tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=_say)
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives)

@@ -80,7 +80,7 @@ def test_a_cache_too_small_for_the_window_is_the_way_out_that_is_named():
 def test_a_first_window_that_is_being_fetched_says_how_far_it_is():
     reason, sentence = why_slow(MISSING, REMOTE, fetched=4 * GIB)
     assert reason == "start"
-    assert "4.0 GiB of 16.0 GiB are here" in sentence
+    assert "4.0 GiB so far of at most 16.0 GiB; fetching brings" in sentence
     assert "5.0 MiB/s" in sentence
 
 
@@ -137,3 +137,11 @@ def test_a_late_step_that_reads_nothing_says_so():
         "warning: no data for the next step for 60 s: no read is under way, the 2 reading threads make "
         "samples and batches"
     )
+
+
+def test_small_windows_need_no_less_for_runs_are_fetched_whole():
+    """Windows of an eighth have runs of an eighth, and eight times as many places to fetch from."""
+    large, small = REMOTE.window_bytes(1 << 16), REMOTE.window_bytes(1 << 13)
+    assert large == small == 2 * 2**16 * 16384
+    whole = sum(source.bytes for source in REMOTE.stored.values())
+    assert REMOTE.window_bytes(10**9) == whole

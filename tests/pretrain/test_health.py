@@ -117,7 +117,7 @@ def test_the_first_window_of_remote_data_is_a_start_and_the_second_is_not():
 
     first = fetch()
     assert first is not None
-    assert "0.1 GiB of 0.2 GiB are here" in first
+    assert "64 MiB so far of at most 200 MiB" in first
     second = fetch()
     assert second is not None
     assert "raise --remote.connections" in second

@@ -275,12 +275,13 @@ def _stop(reason: str) -> None:
 
 
 def _sample_ids(batches: Sequence[Batch], ranks: Ranks) -> Tensor:
-    """(G,) int64 hashes of the keys of the global batch, in order: source by source, as on one rank."""
+    """(G,) int64 hashes of sources and keys of the global batch, in order: source by source."""
     parts: list[Tensor] = []
     for source in dict.fromkeys(batch.source for batch in batches):
-        keys = [key for batch in batches if batch.source == source for key in batch.keys]
+        # Shards of two sources may have the same names, and so their samples.
+        names = [f"{source}\0{key}" for batch in batches if batch.source == source for key in batch.keys]
         hashes = [
-            int.from_bytes(hashlib.blake2b(k.encode(), digest_size=8).digest(), "little") >> 1 for k in keys
+            int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "little") >> 1 for n in names
         ]
         ids = torch.tensor(hashes, dtype=torch.int64, device=ranks.device)
         parts.append(count_rows(len(ids), ranks.group, ranks.device).gather(ids))

@@ -17,7 +17,7 @@ import torch
 
 from datasets.batch import Batch
 from datasets.collate import collate
-from datasets.errors import UserError
+from datasets.errors import ShardError, UserError
 from datasets.health import Meter
 from datasets.holding import NEEDS, Holding
 from datasets.mixture import Account, allot
@@ -118,7 +118,8 @@ class Loader:
     ) -> Generator[Portion]:
         """Read steps [first, last), a few of them ahead of the consumer.
 
-        An error in a reading thread is raised here, as it was. Closing the iterator ends its threads.
+        An error in a reading thread is raised here, as it was. Closing the iterator ends its threads; where a
+        shard cannot be read, those that wait for the same end when their source is closed.
 
         Args:
             first: the first step to read; weights follow from the number of the step.
@@ -128,6 +129,7 @@ class Loader:
         readers = _readers(self.threads)
         ahead: deque[Future[Portion]] = deque()
         standing = {feed.name: (accounts or {}).get(feed.name, Account()) for feed in self.feeds}
+        gone = False
         try:
             for step in range(first, last):
                 before, standing = standing, self._after(step, standing)
@@ -136,8 +138,11 @@ class Loader:
                     yield self._next(ahead)
             while ahead:
                 yield self._next(ahead)
+        except ShardError:
+            gone = True
+            raise
         finally:
-            readers.shutdown(wait=True, cancel_futures=True)
+            readers.shutdown(wait=not gone, cancel_futures=True)
 
     def _after(self, step: int, accounts: Mapping[str, Account]) -> dict[str, Account]:
         weights = {feed.name: weight_at(feed.weight, step) for feed in self.feeds}

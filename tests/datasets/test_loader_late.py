@@ -6,6 +6,7 @@ from threading import Event
 import pytest
 import torch
 
+from datasets.errors import ShardError
 from datasets.health import Meter
 from datasets.loader import Feed, Loader
 from datasets.sample import Sample
@@ -34,18 +35,9 @@ class Stalled:
         )
 
 
-def steps(source, late):
-    loader = Loader(
-        [Feed(name="data", source=source)],
-        TOKENIZER,
-        seed=1,
-        batch=4,
-        resolution=2,
-        threads=2,
-        late=late,
-        patience=FIRST,
-    )
-    return loader.steps(0, 5)
+def steps(source, late, **more):
+    settings = {"seed": 1, "batch": 4, "resolution": 2, "threads": 2, "patience": FIRST, **more}
+    return Loader([Feed(name="data", source=source)], TOKENIZER, late=late, **settings).steps(0, 5)
 
 
 def test_a_late_step_is_told_of_again_after_twice_as_long_and_comes_nevertheless():
@@ -70,6 +62,21 @@ def test_nobody_is_told_where_nobody_asks():
     next(portions)
     source.go.set()
     assert len(list(portions)) == 4
+
+
+def test_a_shard_that_is_gone_is_told_at_once_though_others_wait_for_it():
+    class Gone(Stalled):
+        def read(self, index, **options):
+            if index == 0:
+                raise ShardError("00000.tar is gone")
+            return super().read(index if index < 16 else 5, **options)
+
+    source = Gone()
+    portions = steps(source, None, batch=32)
+    with pytest.raises(ShardError, match=r"00000\.tar is gone"):
+        next(portions)
+    assert [each.what for each in source.meter.running()] == ["sample 5"], "in another thread"
+    source.go.set()
 
 
 def test_an_error_of_a_late_step_is_raised_as_it_was_also_a_timeout():

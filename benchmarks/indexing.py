@@ -27,7 +27,7 @@ from pathlib import Path
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from datasets.indexing import Job, index_one
+from datasets.shards.indexing import Job, index_one
 
 SIZES = (30_000, 50_000, 100_000)
 """Bytes of an image: 256 pixels a side to 512."""

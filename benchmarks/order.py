@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasets.manifest import Manifest
 from datasets.order import Order
+from datasets.shards.manifest import Manifest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

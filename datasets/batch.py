@@ -36,7 +36,7 @@ class Batch:
     text_id: Tensor
     """(N,) int64: a hash of the caption. Equal captions are positives of each other."""
     boxes: Tensor
-    """(N, 4) float32: x0, y0, x1, y1 in 0..1 of the image as it is here; of a text that names no box, zeros."""
+    """(N, 4) float32: x0, y0, x1, y1 in 0..1 of the image as it is here; zeros for a text without a box."""
     box_valid: Tensor
     """(N,) bool: texts that name a box."""
     keys: tuple[str, ...]

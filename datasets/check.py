@@ -13,14 +13,14 @@ from pathlib import Path
 from time import monotonic
 
 from datasets.atomic import replace
-from datasets.checking import Checked, Wanted, check_one
 from datasets.errors import UserError
-from datasets.indexing import cores, indexed_as, shown_url
-from datasets.manifest import Manifest
-from datasets.opening import counted, is_manifest
-from datasets.patterns import named
-from datasets.scan import Problem
-from datasets.spread import spread
+from datasets.shards.checking import Checked, Wanted, check_one
+from datasets.shards.indexing import cores, indexed_as, shown_url
+from datasets.shards.manifest import Manifest
+from datasets.shards.opening import counted, is_manifest
+from datasets.shards.patterns import named
+from datasets.shards.scan import Problem
+from datasets.shards.spread import spread
 
 _DESCRIPTION = "Read shards again, against what was indexed, and print problems by kind."
 _SHOWN = 20  # problems of a kind that are printed

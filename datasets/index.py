@@ -12,12 +12,12 @@ from pathlib import Path
 from time import monotonic
 
 from datasets.errors import UserError
-from datasets.indexing import Job, Outcome, cores, index_one, shown_url
-from datasets.manifest import LeftOut, Manifest, shared
-from datasets.opening import counted, entry, is_manifest
-from datasets.patterns import named
-from datasets.remote import is_remote
-from datasets.spread import spread
+from datasets.remote.fetch import is_remote
+from datasets.shards.indexing import Job, Outcome, cores, index_one, shown_url
+from datasets.shards.manifest import LeftOut, Manifest, shared
+from datasets.shards.opening import counted, entry, is_manifest
+from datasets.shards.patterns import named
+from datasets.shards.spread import spread
 
 _DESCRIPTION = "Write a sidecar beside each tar shard, and DIR/manifest.json, which names them all."
 DONE, USER_ERROR, STOPPED = 0, 2, 130

@@ -11,7 +11,7 @@ from datasets.errors import UserError
 from datasets.health import Meter
 from datasets.holding import NEEDS, Holding, Holds
 from datasets.loader import Feed
-from datasets.remote import Remote
+from datasets.remote.fetch import Remote
 from datasets.source import Field, Source
 from datasets.views import Augment
 from datasets.weights import Weight, check_weight
@@ -64,7 +64,7 @@ def open_source(
     """The source that `spec` names: `scenes`, or comma-separated tar shards, which are pooled.
 
     Args:
-        spec: `scenes`, or what `datasets.tars.Tars` takes.
+        spec: `scenes`, or what `datasets.shards.tars.Tars` takes.
         seed: of the run; the built-in scenes follow from it.
         split: which of the built-in scenes; shards are the split that their path says.
         augment: random views of shards; scenes are drawn anew instead.
@@ -79,7 +79,7 @@ def open_source(
         from datasets.scenes import Scenes
 
         return Scenes(seed=seed, split=split)
-    from datasets.tars import Tars
+    from datasets.shards.tars import Tars
 
     return Tars(spec, augment=augment, remote=remote, meter=meter, say=say)
 

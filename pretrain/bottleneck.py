@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datasets.health import Meter, Running
-from datasets.indexing import cores
 from datasets.loader import Feed
 from datasets.order import RUN, Shuffle, run_length
-from datasets.remote import Remote
-from datasets.tars import Tars
+from datasets.remote.fetch import Remote
+from datasets.shards.indexing import cores
+from datasets.shards.tars import Tars
 from pretrain.config import Run
 from pretrain.distributed import Ranks
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from datasets.errors import UserError
 from datasets.order import Shuffle
-from datasets.remote import Remote
+from datasets.remote.fetch import Remote
 from datasets.sources import SourceConfig
 from datasets.views import Augment
 from datasets.weights import weight_at

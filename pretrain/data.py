@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from datasets.health import Meter
 from datasets.loader import Feed
+from datasets.shards.tars import Tars
 from datasets.source import Source
 from datasets.sources import open_mixture, open_source
-from datasets.tars import Tars
 from datasets.weights import weight_at
 from pretrain.build import check_size, feeding
 from pretrain.config import Run

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from datasets.errors import UserError
 from datasets.loader import Feed
-from datasets.manifest import Manifest
-from datasets.tars import Tars
+from datasets.shards.manifest import Manifest
+from datasets.shards.tars import Tars
 from pretrain.rundir import RunDir
 from pretrain.state import Known, Standing
 

@@ -30,7 +30,7 @@ from benchmarks.learning.report import curves, plot, tables
 from benchmarks.learning.systems import Settings, resolution
 from datasets.atomic import replace
 from datasets.errors import UserError
-from datasets.patterns import named
+from datasets.shards.patterns import named
 
 _MODEL = Path(__file__).with_name("vit-64-8.json")
 

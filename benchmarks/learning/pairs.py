@@ -19,8 +19,8 @@ from datasets.annotations import annotated
 from datasets.atomic import replace
 from datasets.decode import decode
 from datasets.errors import ContentError
-from datasets.manifest import open_manifest
-from datasets.store import Store
+from datasets.shards.manifest import open_manifest
+from datasets.shards.store import Store
 
 _PER_SHARD = 500
 _JPEG = b"\xff\xd8"

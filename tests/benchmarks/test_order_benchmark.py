@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import order
-from datasets.manifest import Manifest
+from datasets.shards.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

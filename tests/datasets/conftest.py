@@ -4,10 +4,10 @@ import tarfile
 
 import pytest
 
-from datasets.grouping import group
-from datasets.manifest import Manifest, Shard
-from datasets.scan import scan
-from datasets.sidecar import write
+from datasets.shards.grouping import group
+from datasets.shards.manifest import Manifest, Shard
+from datasets.shards.scan import scan
+from datasets.shards.sidecar import write
 from datasets.testing import FaultServer
 
 

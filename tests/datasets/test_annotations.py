@@ -222,6 +222,7 @@ def attempt(*parts):
 def test_any_json_gives_captions_or_a_reason(captions, caption, boxes):
     found, fault = attempt(b"text", record(captions=captions, caption=caption, boxes=boxes))
     if found is None:
+        assert fault is not None
         assert fault.kind in KINDS
         assert str(fault).isprintable()
         return

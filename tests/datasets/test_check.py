@@ -13,8 +13,8 @@ import pytest
 
 from datasets.check import main
 from datasets.index import main as index_main
-from datasets.manifest import Manifest
-from datasets.spread import spread
+from datasets.shards.manifest import Manifest
+from datasets.shards.spread import spread
 from datasets.testing import MISSING
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ import pytest
 
 from datasets import index
 from datasets.index import main
-from datasets.manifest import Manifest
-from datasets.sidecar import Table
+from datasets.shards.manifest import Manifest
+from datasets.shards.sidecar import Table
 from datasets.testing import BUSY, MISSING, Misstep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,7 +270,7 @@ def test_a_tar_within_budgets_of_memory(tmp_path):
         file.write(info.tobuf())
         file.truncate(512 + (1 << 27) + 1024)
     code = (
-        "import sys, resource; from pathlib import Path; from datasets.scan import scan; "
+        "import sys, resource; from pathlib import Path; from datasets.shards.scan import scan; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; found = scan(Path(sys.argv[1])); "
         "print(found.members.sizes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )

@@ -7,7 +7,7 @@ import pytest
 from datasets.errors import UserError
 from datasets.health import Meter
 from datasets.holding import Holding
-from datasets.remote import Remote
+from datasets.remote.fetch import Remote
 from datasets.sources import SourceConfig, open_mixture
 from datasets.views import Augment
 

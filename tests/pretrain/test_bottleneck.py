@@ -6,7 +6,7 @@ import pytest
 
 from datasets.health import Meter
 from datasets.order import Shuffle
-from datasets.remote import Remote
+from datasets.remote.fetch import Remote
 from pretrain.bottleneck import Setting, Stored, cache_warnings, why_late, why_slow
 
 GIB = 2**30

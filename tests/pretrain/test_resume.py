@@ -24,10 +24,10 @@ import pytest
 import timm  # noqa: F401
 import torch
 
-from datasets.manifest import open_manifest
 from datasets.mixture import Account, allot
 from datasets.order import Order
-from datasets.sidecar import Table
+from datasets.shards.manifest import open_manifest
+from datasets.shards.sidecar import Table
 from datasets.weights import weight_at
 from pretrain import launch
 from pretrain.cli import parse

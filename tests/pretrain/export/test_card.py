@@ -86,7 +86,10 @@ def test_every_source_is_told_from_what_was_known_in_training(make_run, tmp_path
     state = run / "checkpoints" / "step-00000002" / "state.json"
     known = json.loads(state.read_bytes())
     assert known["data"] == {"data": {"fingerprint": "f00d", "size": None}}
-    known["data"] = {"pairs": {"fingerprint": "f00d", "size": 77}, "books": {"fingerprint": "b00c", "size": 9}}
+    known["data"] = {
+        "pairs": {"fingerprint": "f00d", "size": 77},
+        "books": {"fingerprint": "b00c", "size": 9},
+    }
     state.write_text(json.dumps(known))
     told = card(subject, run, to="open_clip", out=tmp_path / "out", notes=())
     assert rows(told.split("## Data")[1].split("\n## ")[0])[2:] == [

@@ -20,7 +20,7 @@ import numpy as np
 
 from datasets.atomic import replace
 from datasets.errors import UserError
-from datasets.patterns import named, once
+from datasets.shards.patterns import named, once
 
 _FORMAT = "medley manifest 1"
 _FEW = 3  # differences that are named
@@ -206,7 +206,7 @@ class Manifest:
         """
         where = str(path)
         if "://" in where:
-            from datasets.remote import Remote, read_whole
+            from datasets.remote.fetch import Remote, read_whole
 
             data, folder = read_whole(where, remote=Remote()), where.rpartition("/")[0] + "/"
         else:
@@ -320,7 +320,7 @@ def open_manifest(spec: str, *, say: Callable[[str], None] | None = None) -> Man
         UserError: nothing is found, a shard is damaged or named twice, there are no samples, or a remote
             shard is named without a manifest.
     """
-    from datasets import opening  # which indexes: reading a manifest needs none of that
+    from datasets.shards import opening  # which indexes: reading a manifest needs none of that
 
     names = named(spec)
     if len(names) == 1 and opening.is_manifest(names[0]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasets.scan import Members, Problem
+from datasets.shards.scan import Members, Problem
 
 IMAGE, TEXT, RECORD, NUMBER = range(4)
 PARTS = ("image", "text", "record", "number")

@@ -13,12 +13,12 @@ from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
 from datasets.errors import ContentError
 from datasets.health import Meter
-from datasets.manifest import Manifest, open_manifest
-from datasets.remote import Remote
+from datasets.remote.fetch import Remote
 from datasets.sample import Fault, Phrase, Sample
-from datasets.sidecar import Place, Row
+from datasets.shards.manifest import Manifest, open_manifest
+from datasets.shards.sidecar import Place, Row
+from datasets.shards.store import Store
 from datasets.source import EVERYTHING, Field
-from datasets.store import Store
 from datasets.views import Augment, fixed_view, random_view
 
 _GLANCE = 64  # samples that are looked at to find out what a source holds

@@ -19,12 +19,12 @@ from datasets.decode import decode
 from datasets.errors import UserError
 from datasets.loader import Feed, Loader, evaluation_batches
 from datasets.mixture import Account
+from datasets.shards.tars import Tars
 from datasets.sources import open_source
-from datasets.tars import Tars
 from datasets.tokens import TrainedBPE
 from datasets.views import Augment, fixed_view
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKENIZER = TrainedBPE.train(["picture 1", "shade 2"] * 3, vocabulary=270, context_length=16)
 
 
@@ -180,7 +180,7 @@ def test_bad_captions_and_lone_members_keep_their_slots(tmp_path):
 
 WATCHED = """
 import json, sys
-from datasets.tars import Tars
+from datasets.shards.tars import Tars
 from datasets.views import Augment
 
 def whole(path):

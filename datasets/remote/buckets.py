@@ -14,8 +14,8 @@ from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from datasets.answer import Answer, GoneError, PassingError
 from datasets.errors import UserError
+from datasets.remote.answer import Answer, GoneError, PassingError
 
 _BLOCK = 4 * 2**20  # bytes asked for at once: they arrive together, so a stall shows only as a missing block
 _LIBRARY = {"s3": "s3fs", "gs": "gcsfs"}

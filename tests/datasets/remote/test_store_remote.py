@@ -10,15 +10,15 @@ from time import monotonic, sleep
 
 import pytest
 
-from datasets.cache import Cache
 from datasets.errors import ContentError, ShardError, UserError
 from datasets.health import Meter
-from datasets.manifest import Manifest
-from datasets.remote import Remote
-from datasets.store import Store
+from datasets.remote.cache import Cache
+from datasets.remote.fetch import Remote
+from datasets.shards.manifest import Manifest
+from datasets.shards.store import Store
 from datasets.testing import BUSY, MISSING, RESET, STALL, Misstep
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_what_is_read_ahead_is_fetched_before_it_is_asked_for(served, open_store
 
 
 def test_prefetch_never_raises_and_the_queue_is_bounded(served, open_store, monkeypatch):
-    monkeypatch.setattr("datasets.store._WAITING", 2)
+    monkeypatch.setattr("datasets.shards.store._WAITING", 2)
     store = open_store(connections=1, stall=0.1, deadline=0.5)
     served.always("*", MISSING)
     for number in (0, 1, 2):
@@ -216,9 +216,9 @@ def test_readers_wait_for_what_is_being_fetched(served, open_store):
 
 READ_ALL = """
 import random, sys, time
-from datasets.manifest import Manifest
-from datasets.remote import Remote
-from datasets.store import Store
+from datasets.shards.manifest import Manifest
+from datasets.remote.fetch import Remote
+from datasets.shards.store import Store
 url, folder, seed, start = sys.argv[1:]
 store = Store(Manifest.load(url), remote=Remote(folder=folder))
 places = [(n, row) for n in range(3) for row in range(130)]
@@ -253,7 +253,7 @@ def test_a_bounded_cache_gives_the_same_bytes(served, open_store, remote, monkey
             assert limit == 32 * 2**30
             super().__init__(folder, limit=bound)
 
-    monkeypatch.setattr("datasets.ranges.Cache", Small)
+    monkeypatch.setattr("datasets.remote.ranges.Cache", Small)
     store, largest, done = open_store(), [0], []
 
     def watch():
@@ -304,7 +304,7 @@ def test_a_manifest_that_is_not_there(served):
 
 def test_images_first_and_texts_last_is_read_too(fault_server, make_shards, open_store, monkeypatch):
     """A sample lies at both ends of its shard: neighbours share pieces, and each is fetched once."""
-    monkeypatch.setattr("datasets.runs.PIECE", 32768)
+    monkeypatch.setattr("datasets.remote.runs.PIECE", 32768)
     make_shards(fault_server.folder, shards=3, apart=True)
     store = open_store()
     for number, place, expected in everything(store, fault_server.folder):

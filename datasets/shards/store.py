@@ -14,17 +14,18 @@ from pathlib import Path
 from threading import Lock
 from zlib import crc32
 
-from datasets.ahead import Ahead
-from datasets.descriptors import Descriptors, allowed
-from datasets.errors import ContentError, ShardError
+from datasets.errors import ContentError, ShardError, UserError
 from datasets.health import Meter
-from datasets.manifest import Manifest, Shard
 from datasets.order import RUN
-from datasets.ranges import Ranges
-from datasets.remote import Remote, is_remote
-from datasets.runs import Runs
-from datasets.sidecar import Place, Table
+from datasets.remote.ahead import Ahead
+from datasets.remote.fetch import Remote, is_remote
+from datasets.remote.ranges import Ranges
+from datasets.remote.runs import Runs
+from datasets.shards.descriptors import Descriptors, allowed
+from datasets.shards.manifest import Manifest, Shard
+from datasets.shards.sidecar import Place, Table
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)  # open files
 _TABLES = 128  # sidecars that are kept open
 _WAITING = 4096  # runs queued for fetching
 _PAUSES = (0.0, 0.1, 1.0)  # seconds before a local read is tried again: a file server may be restarted
@@ -111,11 +112,20 @@ class Store:
 
     def _open_table(self, number: int) -> tuple[Table, Runs]:
         shard = self._shard(number)
-        remote = is_remote(shard.sidecar)
-        table = self._fetcher().table(shard) if remote else Table.open(Path(shard.sidecar))
+        table = self._fetcher().table(shard) if is_remote(shard.sidecar) else self._sidecar(shard)
         if (table.digest, table.bytes, len(table)) != (shard.digest, shard.bytes, shard.samples):
             raise ShardError(f"{shard.sidecar} is not of the shard that the manifest names; {_AGAIN}")
         return table, Runs(table, self.manifest.first(number))
+
+    def _sidecar(self, shard: Shard) -> Table:
+        try:
+            return Table.open(Path(shard.sidecar))
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _TOO_MANY:
+                raise
+        self._files.close()  # somebody else uses many
+        self._runs.cache_clear()
+        return Table.open(Path(shard.sidecar))
 
     def _bytes(self, number: int, place: Place) -> bytes:
         shard = self._shard(number)

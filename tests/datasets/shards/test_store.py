@@ -10,11 +10,11 @@ import pytest
 
 from datasets.errors import ContentError, ShardError
 from datasets.health import Meter
-from datasets.manifest import Manifest, Shard
-from datasets.sidecar import Place
-from datasets.store import Store
+from datasets.shards.manifest import Manifest, Shard
+from datasets.shards.sidecar import Place
+from datasets.shards.store import Store
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def expected(manifest, number, place):
@@ -54,7 +54,7 @@ def test_members_are_what_was_packed(tmp_path, make_shards):
 
 def test_many_threads_share_few_descriptors(tmp_path, make_shards, monkeypatch):
     """Files are closed and opened again all the time, and no read ever gets another file's bytes."""
-    monkeypatch.setattr("datasets.store.allowed", lambda: 2)
+    monkeypatch.setattr("datasets.shards.store.allowed", lambda: 2)
     manifest = make_shards(tmp_path, shards=12, samples=8)
     store = Store(manifest)
     wanted = [(number, place) for _ in range(6) for place in range(16) for number in range(12)]
@@ -75,8 +75,8 @@ def test_many_threads_share_few_descriptors(tmp_path, make_shards, monkeypatch):
 MANY = """
 import os, resource, sys
 from pathlib import Path
-from datasets.manifest import Manifest
-from datasets.store import Store
+from datasets.shards.manifest import Manifest
+from datasets.shards.store import Store
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 manifest = Manifest.load(Path(sys.argv[1]))
 store = Store(manifest)
@@ -164,7 +164,7 @@ def test_what_a_file_server_loses_for_a_moment_is_read_again(tmp_path, make_shar
     manifest, meter = make_shards(tmp_path), Meter()
     store = Store(manifest, meter=meter)
     place = places(store, 0)[0]
-    monkeypatch.setattr("datasets.store._PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("datasets.shards.store._PAUSES", (0.0, 0.0, 0.0))
     real, trouble = os.pread, [OSError(116, "Stale file handle"), OSError(5, "Input/output error")]
 
     def pread(*arguments):
@@ -187,7 +187,7 @@ def test_a_sidecar_of_another_shard_is_refused(tmp_path, make_shards):
 
 
 def test_tables_used_longest_ago_are_forgotten(tmp_path, make_shards, monkeypatch):
-    monkeypatch.setattr("datasets.store._TABLES", 2)
+    monkeypatch.setattr("datasets.shards.store._TABLES", 2)
     store = Store(make_shards(tmp_path, shards=4))
     first = store.table(0)
     assert store.table(0) is first
@@ -204,7 +204,7 @@ def test_prefetch_of_local_shards_is_nothing(tmp_path, make_shards):
 
 
 def test_the_limit_follows_the_machine():
-    from datasets.descriptors import allowed
+    from datasets.shards.descriptors import allowed
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert 8 <= allowed() <= max(soft // 8, 8)

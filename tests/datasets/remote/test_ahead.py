@@ -1,6 +1,6 @@
 from threading import Event, Lock, get_ident
 
-from datasets.ahead import Ahead
+from datasets.remote.ahead import Ahead
 
 
 def test_items_are_worked_on_once_by_few_threads():

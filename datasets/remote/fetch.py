@@ -17,10 +17,10 @@ from threading import Event
 from time import monotonic
 from urllib.parse import urlsplit
 
-from datasets import buckets, web
-from datasets.answer import Answer, GoneError, PassingError
 from datasets.errors import ShardError, UserError
 from datasets.health import Meter
+from datasets.remote import buckets, web
+from datasets.remote.answer import Answer, GoneError, PassingError
 
 PIECE = 64 * 2**20
 """The longest range that is asked for, in bytes, and what has to come within a deadline."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from datasets.order import RUN
-from datasets.remote import PIECE
-from datasets.sidecar import Place, Table
+from datasets.remote.fetch import PIECE
+from datasets.shards.sidecar import Place, Table
 
 
 class Runs:

@@ -8,13 +8,13 @@ from pathlib import Path
 from time import monotonic
 
 from datasets.errors import UserError
-from datasets.grouping import printable
-from datasets.indexing import Job, Outcome, cores, index_one, shown_url, standing
-from datasets.manifest import Manifest, Shard
-from datasets.remote import is_remote
-from datasets.scan import scan
-from datasets.sidecar import Head
-from datasets.spread import spread
+from datasets.remote.fetch import is_remote
+from datasets.shards.grouping import printable
+from datasets.shards.indexing import Job, Outcome, cores, index_one, shown_url, standing
+from datasets.shards.manifest import Manifest, Shard
+from datasets.shards.scan import scan
+from datasets.shards.sidecar import Head
+from datasets.shards.spread import spread
 
 _THREADS = 8  # more share one interpreter to no gain
 _FEW = 3  # damaged shards that are named

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import scan as scan_module
 from datasets.errors import UserError
-from datasets.scan import scan
+from datasets.shards import scan as scan_module
+from datasets.shards.scan import scan
 
 PAIRS = [
     (f"{key:04d}.{suffix}", f"{suffix} of {key}".encode() * 60)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.answer import GoneError
 from datasets.errors import ShardError, UserError
 from datasets.health import Meter
-from datasets.remote import Remote, fetch, fetch_to, read_whole, shown, size_of
+from datasets.remote.answer import GoneError
+from datasets.remote.fetch import Remote, fetch, fetch_to, read_whole, shown, size_of
+from datasets.remote.web import _explained, _seconds
 from datasets.testing import BUSY, RESET, STALL, FaultServer, Misstep
-from datasets.web import _explained, _seconds
 
 CONTENT = random.Random(1).randbytes(300_000)
 QUICK = Remote(deadline=20.0, stall=0.3)
@@ -168,7 +168,7 @@ def test_an_unknown_host_is_given_up_early(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("datasets.remote._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("datasets.remote.fetch._FIRST_PAUSE", 0.001)
     with pytest.raises(ShardError, match="its host is unknown"):
         fetch("http://no.such.host/a.tar", 0, 10, remote=Remote(deadline=1000))
     assert len(asked) == 6
@@ -212,7 +212,7 @@ def test_whole_objects(server, tmp_path):
 
 def test_a_long_object_has_a_deadline_for_each_piece(server, tmp_path, monkeypatch):
     """It takes longer than the deadline in all, and comes."""
-    monkeypatch.setattr("datasets.remote.PIECE", 20_000)
+    monkeypatch.setattr("datasets.remote.fetch.PIECE", 20_000)
     server.always("a.tar", Misstep(pause=0.1))
     remote = Remote(deadline=0.9, stall=0.5)
     start = monotonic()

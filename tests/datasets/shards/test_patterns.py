@@ -1,7 +1,7 @@
 import pytest
 
 from datasets.errors import UserError
-from datasets.patterns import named
+from datasets.shards.patterns import named
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_urls_are_expanded_but_not_looked_up():
 
 @pytest.mark.parametrize("spec", ["x{0..999999999999}.tar", "{0..9999}/{9999..0}.tar", "{a,b}" * 60])
 def test_a_range_without_end_is_refused(spec, monkeypatch):
-    monkeypatch.setattr("datasets.patterns._MOST", 10_000)
+    monkeypatch.setattr("datasets.shards.patterns._MOST", 10_000)
     with pytest.raises(UserError, match="names a million shards or more"):
         named(spec)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from threading import Event
 from time import monotonic
 
-from datasets.cache import Cache, name_of
 from datasets.errors import UserError
 from datasets.health import Meter
-from datasets.manifest import Shard
-from datasets.remote import Remote, fetch, read_whole
-from datasets.sidecar import Table
+from datasets.remote.cache import Cache, name_of
+from datasets.remote.fetch import Remote, fetch, read_whole
+from datasets.shards.manifest import Shard
+from datasets.shards.sidecar import Table
 
 Piece = tuple[int, int]
 """The bytes [begin, end) of a shard that are fetched and kept together."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from datasets.errors import UserError
-from datasets.indexing import cache_folder
-from datasets.manifest import LeftOut, Manifest, Shard, open_manifest
+from datasets.shards.indexing import cache_folder
+from datasets.shards.manifest import LeftOut, Manifest, Shard, open_manifest
 from datasets.testing import FaultServer
 
 FOUR = [("a.jpg", b"image"), ("a.txt", b"text"), ("b.jpg", b"other"), ("b.txt", b"text")]
@@ -202,7 +202,7 @@ def test_local_shards_are_indexed_on_first_use_and_not_again(tmp_path, pack, mon
     assert (len(first), first.size) == (3, 6)
     assert len(list(cache_folder().iterdir())) == 3  # and no locks are left
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["0.tar", "1.tar", "2.tar"]
-    monkeypatch.setattr("datasets.indexing.scan", None)
+    monkeypatch.setattr("datasets.shards.indexing.scan", None)
     again = open_manifest(f"{tmp_path}/d/*.tar", say=said.append)
     assert (again.fingerprint, len(said)) == (first.fingerprint, 2)
 
@@ -249,7 +249,7 @@ def test_several_processes_index_each_shard_once(tmp_path, pack, monkeypatch):
     """Those that come second wait, find the sidecar, and do nothing."""
     for number in range(4):
         pack(tmp_path / f"d/{number}.tar", FOUR)
-    monkeypatch.setattr("datasets.indexing.scan", slow_scan(tmp_path))
+    monkeypatch.setattr("datasets.shards.indexing.scan", slow_scan(tmp_path))
     context = multiprocessing.get_context("fork")
     said = context.Queue()
     spec = f"{tmp_path}/d/*.tar"
@@ -264,7 +264,7 @@ def test_several_processes_index_each_shard_once(tmp_path, pack, monkeypatch):
 
 
 def slow_scan(tmp_path):
-    from datasets.scan import scan
+    from datasets.shards.scan import scan
 
     def counted(path):
         with (tmp_path / "scanned").open("a") as file:

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING
 
-from datasets.answer import Answer, GoneError, PassingError
+from datasets.remote.answer import Answer, GoneError, PassingError
 
 if TYPE_CHECKING:
     import httpx

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import sidecar
 from datasets.errors import UserError
-from datasets.grouping import LARGEST, group
-from datasets.scan import Members, Scan, scan
-from datasets.sidecar import Head, Place, Table
+from datasets.shards import sidecar
+from datasets.shards.grouping import LARGEST, group
+from datasets.shards.scan import Members, Scan, scan
+from datasets.shards.sidecar import Head, Place, Table
 
 NAMES = ["a.jpg", "a.txt", "a.json", "日本.png", "日本.txt", "c.txt", "d.jpg", "d.png", "e.npy"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from time import thread_time
 from typing import NamedTuple
 
-from datasets import sidecar
 from datasets.errors import UserError
-from datasets.grouping import group, printable
-from datasets.remote import Remote, fetch_to, is_remote, shown, size_of
-from datasets.scan import Problem, scan
-from datasets.sidecar import MAGIC, Head
+from datasets.remote.fetch import Remote, fetch_to, is_remote, shown, size_of
+from datasets.shards import sidecar
+from datasets.shards.grouping import group, printable
+from datasets.shards.scan import Problem, scan
+from datasets.shards.sidecar import MAGIC, Head
 
 
 class Job(NamedTuple):

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.cache import Cache, name_of
 from datasets.errors import UserError
+from datasets.remote.cache import Cache, name_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NAME, OTHER = name_of("a"), name_of("b")
 
 
@@ -142,7 +142,7 @@ def test_who_fails_lets_the_next_one_try(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from datasets.cache import Cache, name_of
+from datasets.remote.cache import Cache, name_of
 def hang():
     print("fetching", flush=True)
     time.sleep(600)
@@ -207,7 +207,7 @@ def test_a_ledger_that_holds_nonsense_is_counted_anew(tmp_path):
 
 
 def test_a_ledger_that_stays_locked_is_done_without(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.cache._LEDGER_PATIENCE", 0.1)
+    monkeypatch.setattr("datasets.remote.cache._LEDGER_PATIENCE", 0.1)
     cache = Cache(tmp_path, limit=100)
     with (tmp_path / "bytes").open("r+b") as held:
         flock(held, LOCK_EX)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 WATCH = """
 import sys
@@ -36,21 +36,21 @@ def watch(event, arguments):
 
 from concurrent.futures import ThreadPoolExecutor
 import encodings.idna, encodings.ascii
-import datasets.check, datasets.checking, datasets.index, datasets.opening, datasets.spread
-from datasets.manifest import Manifest, open_manifest
-from datasets.sidecar import Table
+import datasets.check, datasets.shards.checking, datasets.index, datasets.shards.opening, datasets.shards.spread
+from datasets.shards.manifest import Manifest, open_manifest
+from datasets.shards.sidecar import Table
 
 def threads(*jobs, **more):
     return spread(*jobs, **{**more, "processes": False})
 
-spread = datasets.spread.spread
+spread = datasets.shards.spread.spread
 datasets.index.spread = datasets.check.spread = threads
 list(ThreadPoolExecutor(1).map(str, [1]))
 warm = Path(folder) / "warm"
 datasets.index.main([str(warm / "*.tar")]), datasets.check.main([str(warm / "*.tar")])
 source = None
 if mode == "read":
-    from datasets.tars import Tars
+    from datasets.shards.tars import Tars
     from datasets.views import Augment
     source = Tars(str(warm / "*.tar"), augment=Augment())
     for index in range(source.size):

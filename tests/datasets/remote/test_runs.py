@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets.order import RUN
-from datasets.runs import Runs
-from datasets.sidecar import Place
+from datasets.remote.runs import Runs
+from datasets.shards.sidecar import Place
 
 
 class Listed:
@@ -37,7 +37,7 @@ class Listed:
 )
 def test_pieces_hold_their_places(sizes, first, apart, piece):
     """Whole, in order, within the shard, not longer than a piece, and those of their run if they can."""
-    import datasets.runs as module
+    import datasets.remote.runs as module
 
     before, module.PIECE = module.PIECE, piece
     try:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.errors import UserError
-from datasets.grouping import IMAGE, PARTS, RECORD, Samples, group, printable, split
-from datasets.remote import Remote, fetch_to, is_remote
-from datasets.scan import Members, Problem, Scan, scan
-from datasets.sidecar import Place, Table, digest
+from datasets.remote.fetch import Remote, fetch_to, is_remote
+from datasets.shards.grouping import IMAGE, PARTS, RECORD, Samples, group, printable, split
+from datasets.shards.scan import Members, Problem, Scan, scan
+from datasets.shards.sidecar import Place, Table, digest
 
 _SHA256 = re.compile(rb'"sha256"\s*:\s*"([0-9a-f]{64})"')
 _PROBE = 8  # samples that show whether their sha256 is that of the stored image

@@ -11,12 +11,12 @@ import fsspec
 import pytest
 from fsspec.registry import _registry
 
-from datasets import buckets
 from datasets.errors import ShardError, UserError
 from datasets.health import Meter
-from datasets.manifest import Manifest
-from datasets.remote import Remote, fetch, fetch_to, read_whole, size_of
-from datasets.store import Store
+from datasets.remote import buckets
+from datasets.remote.fetch import Remote, fetch, fetch_to, read_whole, size_of
+from datasets.shards.manifest import Manifest
+from datasets.shards.store import Store
 
 CONTENT = random.Random(1).randbytes(300_000)
 QUICK = Remote(deadline=30.0, stall=3.0)
@@ -173,4 +173,4 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(UserError, match=r"s3:// needs s3fs: install it with"):
         fetch("s3://b/a.tar", 0, 10, remote=QUICK)
-    assert "remote = " in (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert "remote = " in (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text()

@@ -16,7 +16,7 @@ from struct import Struct
 from zlib import adler32, crc32
 
 from datasets.errors import UserError
-from datasets.headers import BLOCK, BrokenHeaderError, check, follow, padded
+from datasets.shards.headers import BLOCK, BrokenHeaderError, check, follow, padded
 
 _WINDOW = 4 << 20
 _PLAIN = Struct("100s 24x 11s B 12x 6s 2s B 188x B")  # name, size, its end, check sum, its end, type, prefix

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from datasets.atomic import replace
 from datasets.errors import UserError
-from datasets.grouping import Samples
-from datasets.scan import Members, Scan
+from datasets.shards.grouping import Samples
+from datasets.shards.scan import Members, Scan
 
 MAGIC = b"medleyIX"
 BLOCK = 64

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.grouping import IMAGE, LARGEST, NUMBER, RECORD, TEXT, group, printable
-from datasets.scan import Members
+from datasets.shards.grouping import IMAGE, LARGEST, NUMBER, RECORD, TEXT, group, printable
+from datasets.shards.scan import Members
 
 
 def members(names, *, odd=None, sizes=None):

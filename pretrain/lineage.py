@@ -43,6 +43,17 @@ def changes(
     return named
 
 
+def unlike_kept(feeds: Sequence[Feed], rundir: RunDir) -> list[str]:
+    """In words, how the data differ from those of the last start, where it left no checkpoint to hold to."""
+    named: list[str] = []
+    for feed in feeds:
+        kept = _kept(feed, rundir)
+        if kept is None or not isinstance(feed.source, Tars) or kept.fingerprint == feed.source.fingerprint:
+            continue
+        named.append(f"the data of source {feed.name}: {kept.difference(feed.source.manifest)}")
+    return named
+
+
 def keep(feeds: Sequence[Feed], rundir: RunDir) -> None:
     """Copy the manifests into the run directory, so that a later change can be named."""
     for feed in feeds:
@@ -51,13 +62,21 @@ def keep(feeds: Sequence[Feed], rundir: RunDir) -> None:
             feed.source.manifest.save(rundir.manifests / f"{feed.name}.json")
 
 
+def _kept(feed: Feed, rundir: RunDir) -> Manifest | None:
+    """The manifest of the last start; None where there is none that can be read: it only tells more."""
+    path = rundir.manifests / f"{feed.name}.json"
+    if not isinstance(feed.source, Tars) or not path.exists():
+        return None
+    try:
+        return Manifest.load(str(path))
+    except UserError:
+        return None
+
+
 def _difference(feed: Feed, then: Known, here: Known, rundir: RunDir) -> str:
-    kept = rundir.manifests / f"{feed.name}.json"
-    if isinstance(feed.source, Tars) and kept.exists():
-        try:
-            found = Manifest.load(str(kept)).difference(feed.source.manifest)
-        except UserError:
-            found = ""  # the copy is only there to tell more
+    kept = _kept(feed, rundir)
+    if kept is not None and isinstance(feed.source, Tars):
+        found = kept.difference(feed.source.manifest)
         if found:
             return found
     return (

@@ -94,7 +94,10 @@ def rehearsal(training: Training) -> Callable[[], None]:
         batches = first_batches()
         counts = agree(training.wrapped, batches, training.ranks, stop=False, masked=0).counts
         factors = {name: 1.0 / count.clamp(min=1) for name, count in counts.items()}
-        backward(training.wrapped, batches, factors, compute=training.compute, seed=(training.run.seed,))
+        run = training.run
+        backward(
+            training.wrapped, batches, factors, compute=training.compute, seed=(run.seed,), pool=run.pool
+        )
         training.optimizer.zero_grad(set_to_none=True)
 
     return step

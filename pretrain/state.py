@@ -108,7 +108,7 @@ class Standing:
 
 _ELSEWHERE = (
     "the checkpoint of step {} has used {} samples, which does not fit these stages: give the finished ones "
-    "their old --stages.NAME.steps, or use another --out"
+    "their old --stages.NAME.steps, use another --out, or go on in spite of it with --allow-changed"
 )
 
 

@@ -99,7 +99,7 @@ def _member(
     block: bytes, kind: bytes, size: int, at: int, told: _Told, read: Callable[[int, int], bytes]
 ) -> Header:
     name, prefix = _text(block[:100]), _text(block[345:500])
-    odd = _ODD.get(kind, "" if kind in b"0\x007" else "a special file")
+    odd = _ODD.get(kind, "" if kind in b"0\x007" else "a device or the like")
     if kind == b"\0" and name.endswith("/"):
         odd = "a folder"
     if odd == "a folder":

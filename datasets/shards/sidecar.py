@@ -14,6 +14,7 @@ mapped: a map of a file that is replaced on a network file system kills the proc
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from datasets.shards.scan import Members, Scan
 MAGIC = b"medleyIX"
 BLOCK = 64
 """Samples of a block: what is read, and proved, together."""
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+"""What the system says where no more files can be open."""
 _VERSION = 2
 _HEAD = Struct("<8s I I Q Q 16s Q Q I")  # see Head; the last: CRC-32 of header and ends
 _PLACE = Struct("<QII")
@@ -149,7 +152,8 @@ class Table:
             file = path.open("rb", buffering=0)
             return cls(lambda at, size: os.pread(file.fileno(), size, at), file.seek(0, 2), str(path))
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+            way = "allow more with `ulimit -n`" if error.errno in TOO_MANY else _AGAIN
+            raise UserError(f"cannot read {path}: {error.strerror}; {way}") from error
 
     @classmethod
     def of(cls, data: bytes, name: str) -> Table:

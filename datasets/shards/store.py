@@ -23,9 +23,8 @@ from datasets.remote.ranges import Ranges
 from datasets.remote.runs import Runs
 from datasets.shards.descriptors import Descriptors, allowed
 from datasets.shards.manifest import Manifest, Shard
-from datasets.shards.sidecar import Place, Table
+from datasets.shards.sidecar import TOO_MANY, Place, Table
 
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)  # open files
 _TABLES = 128  # sidecars that are kept open
 _WAITING = 4096  # runs queued for fetching
 _PAUSES = (0.0, 0.1, 1.0)  # seconds before a local read is tried again: a file server may be restarted
@@ -121,7 +120,7 @@ class Store:
         try:
             return Table.open(Path(shard.sidecar))
         except UserError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _TOO_MANY:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in TOO_MANY:
                 raise
         self._files.close()  # somebody else uses many
         self._runs.cache_clear()

@@ -156,7 +156,7 @@ def test_what_is_allowed_is_recorded_once_and_what_follows_is_one_run(
     said = capsys.readouterr().out
     *_, start = read_starts(run / "starts.jsonl")
     assert start.changed
-    assert all(f"allowed: {words}\n" in said for words in start.changed)
+    assert all(f"changed since the last start: {words}\n" in said for words in start.changed)
     assert "differs" not in said
 
     assert go(run, flags, more=more) == launch.DONE
@@ -178,11 +178,31 @@ def test_changed_data_are_gone_on_with_and_their_steps_are_done_anew(
     assert "240 samples then, 280 now, fingerprint" in refused(run, flags, capsys)
     assert go(run, flags, more="--allow-changed") == launch.DONE
     said = capsys.readouterr().out
-    assert "allowed: the data of source captions: 240 samples then, 280 now" in said
+    assert "changed since the last start: the data of source captions: 240 samples then, 280 now" in said
     assert "differs" not in said
     assert lines(run)[:AFTER] == before[:AFTER]
     assert [int(line.split()[0]) for line in lines(run)] == list(range(1, STEPS + 1))
     assert lines(run)[AFTER] != before[AFTER]
+
+
+def test_data_that_change_before_anything_is_saved_begin_anew(
+    run, flags, altered, write_shard, capsys, monkeypatch
+):
+    """No checkpoint is of the old data: nothing is lost, and nothing that was done is held against them."""
+    young = run.parent / "young"
+    cut_short(young, flags, monkeypatch, at=2)
+    before = lines(young)
+    assert len(before) == 2
+    write_shard(altered / "captions" / "00006.tar", "captions")
+    assert go(young, flags) == launch.DONE
+    said = capsys.readouterr().out
+    assert "changed since the last start: the data of source captions: " in said
+    assert "00006.tar" in said
+    assert "differs" not in said
+    assert [int(line.split()[0]) for line in lines(young)] == list(range(1, STEPS + 1))
+    assert lines(young)[0] != before[0]
+    *_, start = read_starts(young / "starts.jsonl")
+    assert len(start.changed) == 1
 
 
 def cut_short(out: Path, flags: str, monkeypatch, *, at: int, more: str = "") -> None:

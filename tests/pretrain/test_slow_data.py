@@ -8,6 +8,7 @@ import pytest
 from datasets import index
 from datasets.loader import Loader
 from datasets.testing import FaultServer, Misstep
+from datasets.tokens import TrainedBPE
 from pretrain import health as health_module
 from pretrain import launch, loop
 from pretrain.health import Bounds
@@ -50,15 +51,14 @@ def train(tmp_path, served, capsys):
 
 
 @pytest.fixture
-def without_vocabulary(monkeypatch):
-    """The vocabulary would read all captions first, and with them fill the cache."""
-    from datasets.tokens import TrainedBPE
-
+def vocabulary(tmp_path):
+    """In place, or it would be learned from all captions first, and the cache be full with them."""
     tokenizer = TrainedBPE.train(["small dog near red tree"] * 3, vocabulary=280, context_length=64)
-    monkeypatch.setattr(launch, "build_tokenizer", lambda *_, **__: tokenizer)
+    (tmp_path / "run").mkdir()
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
 
 
-@pytest.mark.usefixtures("without_vocabulary")
+@pytest.mark.usefixtures("vocabulary")
 def test_a_stalled_shard_is_named_while_it_stalls_and_changes_nothing(served, train):
     stalls = [path.name for path in served.folder.glob("*.tar")]
     for name in stalls:
@@ -75,12 +75,12 @@ def test_a_stalled_shard_is_named_while_it_stalls_and_changes_nothing(served, tr
     assert {each["data/masked"] for each in reports if "data/masked" in each} == {0}
 
 
-@pytest.mark.usefixtures("without_vocabulary")
+@pytest.mark.usefixtures("vocabulary")
 def test_a_slow_network_is_what_holds_training_back(served, train):
     served.always("*", Misstep(pause=0.03))
     said, reports = train("--remote.connections 1")
     slow = [line for line in said.splitlines() if line.startswith("warning: training waits for data")]
-    assert slow
+    assert slow, said
     assert "the first shuffle window is being fetched" in slow[0]
     first = reports[0]
     assert 0 < first["data/cache_hits"] <= 1

@@ -123,9 +123,9 @@ def test_what_is_no_plain_file_is_named_and_stepped_over(tmp_path, pack, layout)
         "folder": "a folder",
         "b.jpg": "a link",
         "c.jpg": "a link",
-        "d.jpg": "a special file",
-        "e.jpg": "a special file",
-        "f.jpg": "a special file",
+        "d.jpg": "a device or the like",
+        "e.jpg": "a device or the like",
+        "f.jpg": "a device or the like",
     }
     assert found.members.sizes[-1] == 4
 

@@ -1,0 +1,174 @@
+"""Everything between a command and its first step: what is built, where it goes on, and who is told.
+
+The order is that in which data flow; a run directory is only written once it is known that this run fits it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from pretrain import checkpoint, runfile
+from pretrain.bottleneck import Setting, cache_warnings
+from pretrain.build import build_pretrainer, build_tokenizer
+from pretrain.cli import Command
+from pretrain.curriculum import Curriculum
+from pretrain.data import Data
+from pretrain.distributed import Ranks
+from pretrain.health import Health
+from pretrain.ledger import Ledger
+from pretrain.lineage import changes, keep, known, unlike_kept
+from pretrain.optim import build_optimizer
+from pretrain.parallel import wrap
+from pretrain.precision import compute_for
+from pretrain.quarantine import Quarantine
+from pretrain.rundir import RunDir, open_run, record
+from pretrain.sinks import Fanout, Sink
+from pretrain.sinks.console import console
+from pretrain.sinks.jsonl import JsonLines
+from pretrain.sinks.mirrored import Mirrored
+from pretrain.starts import record_start
+from pretrain.state import Standing, restore
+from pretrain.training import Training
+
+
+def build(
+    command: Command,
+    curriculum: Curriculum,
+    data: Data,
+    rundir: RunDir,
+    ranks: Ranks,
+    stack: ExitStack,
+    *,
+    changed: Sequence[str],
+) -> Training:
+    """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
+    run = command.run
+    compute = compute_for(run.precision, ranks.device)
+    tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=say)
+    messages: list[str] = []
+    found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives)
+    optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
+    standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
+    if found is not None:
+        saved = found.load()
+        before = Standing.of(saved.state)
+        standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
+        changed = [*changed, *differing]
+        restore(saved.tensors, pretrainer, optimizer)
+    else:
+        changed = [*changed, *ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))]
+    # Only now is it known that these budgets fit what was trained.
+    ranks.on_zero(lambda: _record(command, data, rundir))
+
+    setting = Setting.of(run, data.feeds, ranks)
+    training = Training(
+        run=run,
+        feeds=data.feeds,
+        val=data.val,
+        tokenizer=tokenizer,
+        pretrainer=pretrainer,
+        wrapped=wrap(pretrainer, ranks),
+        optimizer=optimizer,
+        curriculum=curriculum,
+        compute=compute,
+        ranks=ranks,
+        rundir=rundir,
+        standing=standing,
+        health=Health(data.meter, setting, ranks, accounts=standing.accounts),
+    )
+    if ranks.zero:
+        _open_records(training, data, changed, stack)
+    since = [f"changed since the last start: {words}" for words in changed]
+    for message in [
+        *messages,
+        *since,
+        *introduction(command, curriculum, standing),
+        *data.described(),
+        *cache_warnings(setting),
+    ]:
+        training.sink.note(message)
+    return training
+
+
+def _resume(
+    command: Command,
+    curriculum: Curriculum,
+    data: Data,
+    before: Standing,
+    now: Standing,
+    rundir: RunDir,
+    ranks: Ranks,
+) -> tuple[Standing, list[str]]:
+    """Where a checkpoint stands with the data that are here now, and in words what of them has changed.
+
+    Raises:
+        UserError: something has changed that may not.
+    """
+    allowed = command.allow_changed
+    named = ranks.on_zero(lambda: changes(data.feeds, before, now, rundir, allowed=allowed))
+    return now.resumed(before, curriculum, allowed=allowed), named
+
+
+def _open_records(training: Training, data: Data, changed: Sequence[str], stack: ExitStack) -> None:
+    """Open what rank zero writes beside training, and record this start."""
+    run, rundir, ranks, standing = training.run, training.rundir, training.ranks, training.standing
+    training.quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
+    stack.callback(training.quarantine.close)
+    training.ledger = Ledger(rundir.ledger, ranks=ranks.world)
+    stack.callback(training.ledger.close)
+    training.starts = record_start(
+        rundir.starts,
+        step=standing.step,
+        done=training.ledger.done,
+        ranks=ranks.world,
+        device=ranks.device.type,
+        changed=changed,
+    )
+    if changed:
+        training.ledger.forget(after=standing.step)
+    screen = console(sys.stdout, total=training.curriculum.steps, done=standing.step)
+    sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
+    if run.wandb.wanted() != "disabled":
+        sinks.append(Mirrored(rundir, say=screen.note))
+    training.sink = Fanout(sinks)
+    stack.callback(training.sink.close)
+
+
+def say(sentence: str) -> None:
+    """A line on standard output, at once: before there is a console."""
+    sys.stdout.write(f"{sentence}\n")
+    sys.stdout.flush()
+
+
+def claim(command: Command, stack: ExitStack) -> list[str]:
+    """Make the run directory ours, until the stack is left; in which settings it was another run's."""
+    run = command.run
+    opened = open_run(
+        command.out,
+        runfile.dump(run),
+        identity=runfile.identity(run),
+        budgets=runfile.BUDGETS,
+        changeable=runfile.CHANGEABLE,
+        allow_changed=command.allow_changed,
+    )
+    return list(stack.enter_context(opened).changed)
+
+
+def _record(command: Command, data: Data, rundir: RunDir) -> None:
+    record(rundir, runfile.dump(command.run), identity=runfile.identity(command.run))
+    keep(data.feeds, rundir)
+
+
+def introduction(command: Command, curriculum: Curriculum, standing: Standing) -> list[str]:
+    """What will happen, in a few lines."""
+    run = command.run
+    objectives = " + ".join(run.objectives)
+    begin = f"from step {standing.step}" if standing.step else "from the start"
+    where = run.data if len(run.sources) == 1 else f"{len(run.sources)} sources"
+    return [
+        f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
+        f"everything is kept in {command.out}",
+    ]

@@ -128,11 +128,10 @@ def why_slow(sums: Mapping[str, float], setting: Setting, *, fetched: float | No
         else f"give this process more than {setting.cores} cores"
     )
     if decoding + reading < _BUSY * setting.threads * sums["seconds"]:
-        return "threads", f"its {setting.threads} reading threads make samples and batches too slowly: {more}"
+        return "threads", f"the reading threads make samples and batches too slowly: {more}"
     each = 1000 * decoding / max(sums["decode_count"], 1)
     return "decoding", (
-        f"decoding, {each:.0f} ms an image, keeps its {setting.threads} reading threads busy: {more}, or "
-        "store smaller images"
+        f"decoding, {each:.0f} ms an image, keeps all reading threads busy: {more}, or store smaller images"
     )
 
 
@@ -149,14 +148,14 @@ def why_late(seconds: float, meter: Meter, *, fetched: float, setting: Setting) 
     said = [f"{_DOING[each.name]} {_taking(each)}" for each in running if each.name in _DOING][:1]
     fetches = [each for each in running if each.name == "fetch"]
     if fetches:
-        said.append(f"{len(fetches)} fetches are under way, the longest of {_taking(fetches[0])}")
+        said.append(f"fetches under way: {len(fetches)}, the longest of {_taking(fetches[0])}")
     retries, reason = meter.told("retry")
     if retries:
-        said.append(f"{retries:.0f} retries{f', the last because {reason}' if reason else ''}")
+        said.append(f"tried again: {retries:.0f}{f', the last time because {reason}' if reason else ''}")
     if setting.stored:
         said.append(f"{_amount(fetched)} fetched since the start")
     if not running:
-        said.append(f"no read is under way, the {setting.threads} reading threads make samples and batches")
+        said.append(f"no read is under way: --loader-threads {setting.threads} make samples and batches")
     return f"warning: no data for the next step for {seconds:.0f} s: {'; '.join(said)}"
 
 
@@ -179,7 +178,7 @@ def _network(sums: Mapping[str, float], setting: Setting) -> str:
 def _fetching(sums: Mapping[str, float]) -> str:
     speed = sums["fetch_bytes"] / 2**20 / sums["seconds"]
     hits = sums["cache_hit"] / (sums["cache_hit"] + sums["cache_miss"])
-    retries = f", {sums['retry']:.0f} retries" if sums["retry"] else ""
+    retries = f", {sums['retry']:.0f} were tried again" if sums["retry"] else ""
     return (
         f"fetching brings {speed:.1f} MiB/s, a range takes {_mean_ms(sums, 'fetch')} ms on average{retries}, "
         f"and {hits:.0%} of the reads find their bytes in the cache"

@@ -39,7 +39,7 @@ MISSING = measured(
 def test_decoding_asks_for_threads_while_there_are_cores_and_then_for_cores():
     reason, sentence = why_slow(DECODING, LOCAL, fetched=None)
     assert reason == "decoding"
-    assert "decoding, 38 ms an image, keeps its 2 reading threads busy" in sentence
+    assert "decoding, 38 ms an image, keeps all reading threads busy" in sentence
     assert "raise --loader-threads, now 2, towards the 8 cores" in sentence
     reason, sentence = why_slow(DECODING, Setting(threads=8, cores=8), fetched=None)
     assert reason == "threads", "eight threads are not kept busy by 19 s of decoding in 10"
@@ -49,7 +49,7 @@ def test_decoding_asks_for_threads_while_there_are_cores_and_then_for_cores():
 def test_samples_that_are_neither_read_nor_decoded_are_the_threads_own_work():
     reason, sentence = why_slow(measured(), LOCAL, fetched=None)
     assert reason == "threads"
-    assert "2 reading threads make samples and batches too slowly: raise --loader-threads" in sentence
+    assert "the reading threads make samples and batches too slowly: raise --loader-threads" in sentence
 
 
 def test_slow_storage_is_named_with_its_latency():
@@ -69,7 +69,7 @@ def test_a_network_is_named_with_its_speed_and_what_the_cache_finds():
     assert reason == "network"
     assert "5.0 MiB/s, a range takes 100 ms on average, and 30% of the reads" in sentence
     assert "raise --remote.connections, now 8" in sentence
-    assert "7 retries" in why_slow({**MISSING, "retry": 7.0}, REMOTE, fetched=None)[1]
+    assert "7 were tried again" in why_slow({**MISSING, "retry": 7.0}, REMOTE, fetched=None)[1]
 
 
 def test_a_cache_too_small_for_the_window_is_the_way_out_that_is_named():
@@ -125,17 +125,17 @@ def test_a_late_step_names_what_is_read_and_fetched_and_why_it_was_tried_again()
     ):
         sentence = why_late(31.0, meter, fetched=2 * GIB, setting=REMOTE)
     assert sentence == (
-        "warning: no data for the next step for 31 s: reading 00012.tar for 0 s; 2 fetches are under way, "
-        "the longest of http://host/00012.tar for 0 s; 1 retries, the last because the server answered 503; "
-        "2.0 GiB fetched since the start"
+        "warning: no data for the next step for 31 s: reading 00012.tar for 0 s; fetches under way: 2, the "
+        "longest of http://host/00012.tar for 0 s; tried again: 1, the last time because the server answered "
+        "503; 2.0 GiB fetched since the start"
     )
 
 
 def test_a_late_step_that_reads_nothing_says_so():
     sentence = why_late(60.0, Meter(), fetched=0.0, setting=LOCAL)
     assert sentence == (
-        "warning: no data for the next step for 60 s: no read is under way, the 2 reading threads make "
-        "samples and batches"
+        "warning: no data for the next step for 60 s: no read is under way: --loader-threads 2 "
+        "make samples and batches"
     )
 
 

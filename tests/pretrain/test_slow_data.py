@@ -66,7 +66,7 @@ def test_a_stalled_shard_is_named_while_it_stalls_and_changes_nothing(served, tr
     said, reports = train("--remote.stall 0.4")
     late = [line for line in said.splitlines() if line.startswith("warning: no data for the next step")]
     assert late
-    pattern = r"reading (\d+\.tar) for \d+ s; \d+ fetches are under way, the longest of (\S+) for"
+    pattern = r"reading (\d+\.tar) for \d+ s; fetches under way: \d+, the longest of (\S+) for"
     named = next(filter(None, (re.search(pattern, line) for line in late)), None)
     assert named, late
     assert named[1] in stalls

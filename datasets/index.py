@@ -99,7 +99,19 @@ def _jobs(names: list[str], out: Path | None) -> tuple[list[Job], Path]:
             raise UserError(
                 f"{shown_url(name)} is remote: give sidecars and manifest a place, with --out DIR"
             )
+        if is_remote(name) and "?" in name:
+            raise UserError(
+                f"{shown_url(name)} has a query, often a signature that expires, which would be written into "
+                "the manifest and the names of samples: give a URL without one, or s3:// or gs://, which "
+                "take credentials from the environment"
+            )
     root = shared(names)
+    if not root:
+        other = next(name for name in names if not shared([names[0], name]))
+        raise UserError(
+            f"{shown_url(names[0])} and {shown_url(other)} share no folder: index them apart, and name both "
+            "manifests where the data are used"
+        )
     folder = Path(root) if out is None else out.expanduser().absolute()
     labels = [name[len(root) :] for name in names]
     outside = [label for label in labels if ".." in label.split("/")]

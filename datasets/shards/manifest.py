@@ -69,7 +69,7 @@ class Manifest:
         """Take shards in their order; `of` takes them one by one.
 
         Args:
-            root: what the URLs of all shards begin with.
+            root: what the URLs of all shards begin with; nothing if that is nothing.
             labels: what they end with.
             bytes: of each shard.
             samples: in each shard.
@@ -149,7 +149,7 @@ class Manifest:
     @property
     def remote(self) -> bool:
         """Whether any shard is not a local file."""
-        return "://" in self._root or not self._root.startswith("/")
+        return any("://" in start for start in ([self._root] if self._root else self._labels))
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard and the row in it that hold a sample."""
@@ -186,7 +186,7 @@ class Manifest:
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "size": self.size,
-            "root": self._root.removeprefix(folder),
+            "root": self._root.removeprefix(folder) if self._root else None,
             "left_out": [[each.label, each.kind, each.offset, each.reason] for each in self.left_out],
             "labels": list(self._labels),
             "bytes": self._bytes.tolist(),
@@ -226,9 +226,12 @@ class Manifest:
         """What a manifest file in `folder` says."""
         if content["format"] != _FORMAT:
             raise ValueError("of another version")
+        root, labels = content["root"], map(_string, content["labels"])
+        if root is None:  # the shards share no folder, and their labels are whole
+            labels = (_whole(folder, label) for label in labels)
         manifest = cls(
-            _from(folder, _string(content["root"])),
-            map(_string, content["labels"]),
+            "" if root is None else _from(folder, _string(root)),
+            labels,
             bytes=map(_count, content["bytes"]),
             samples=[_count(each) for each in content["samples"]],
             digests=bytes.fromhex(content["digests"]),
@@ -287,6 +290,13 @@ def _from(folder: str, path: str) -> str:
     if path.startswith("/") and "://" in folder:
         raise ValueError(f"it came by network and names {path} here")
     return path if path.startswith("/") or "://" in path else folder + path
+
+
+def _whole(folder: str, label: str) -> str:
+    """A path or URL that needs no folder."""
+    if _from(folder, label) != label:
+        raise ValueError(f"{label} has no root")
+    return label
 
 
 def _string(value: Any) -> str:

@@ -280,3 +280,21 @@ def test_a_tar_within_budgets_of_memory(tmp_path):
     sizes, kilobytes = done.stdout.rsplit(" ", 1)
     assert sizes == "[134217728]"
     assert int(kilobytes) < 20_000
+
+
+@pytest.mark.parametrize("name", ["http://h/{0..1}.tar?X-Signature=secret", "s3://b/0.tar?versionId=secret"])
+def test_a_url_with_a_query_is_refused(tmp_path, capsys, name):
+    code, _, err = run(capsys, name, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "0.tar has a query" in err
+    assert "give a URL without one" in err
+    assert "secret" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("{d}/0.tar", "http://h/1.tar"), ("http://h/0.tar", "https://h/1.tar")])
+def test_shards_that_share_no_folder_are_refused(shards, tmp_path, capsys, names):
+    code, _, err = run(capsys, *(name.format(d=shards) for name in names), "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "1.tar share no folder: index them apart" in err
+    assert not (tmp_path / "out").exists()

@@ -123,6 +123,35 @@ def test_shards_elsewhere_are_named_in_full(tmp_path):
     assert [each.sidecar for each in loaded] == [f"{tmp_path}/0.tar.idx", "https://h/1.tar.idx"]
 
 
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["{here}/0.tar", "{here}/1.tar"],
+        ["{here}/sub/0.tar", "{here}/sub/1.tar"],
+        ["/elsewhere/0.tar", "{here}/1.tar"],
+        ["https://h/a/0.tar", "https://h/a/1.tar"],
+        ["https://h/0.tar", "https://other/1.tar"],
+        ["{here}/0.tar", "https://h/1.tar"],
+        ["http://h/0.tar", "https://h/1.tar"],
+        ["s3://b/0.tar", "http://h/1.tar", "/d/2.tar"],
+    ],
+)
+def test_every_root_is_the_same_after_saving(tmp_path, urls):
+    made = Manifest.of(shard(url.format(here=tmp_path)) for url in urls)
+    made.save(tmp_path / "manifest.json")
+    loaded = Manifest.load(tmp_path / "manifest.json")
+    assert list(loaded) == list(made)
+    assert loaded.fingerprint == made.fingerprint
+    assert loaded.remote == made.remote == any("://" in url for url in urls)
+
+
+def test_whole_labels_need_no_root_to_be_local():
+    paths = ["/d/0.tar", "/e/1.tar"]
+    rootless = Manifest("", paths, bytes=[1, 1], samples=[1, 1], digests=bytes(32))
+    assert not rootless.remote
+    assert [each.url for each in rootless] == paths
+
+
 def test_a_manifest_that_came_by_network_names_no_local_files(tmp_path):
     Manifest.of([shard("/etc/passwd")]).save(tmp_path / "manifest.json")
     with (
@@ -155,6 +184,7 @@ def damaged(tmp_path, **changes):
         {"sidecars": ["x"]},
         {"left_out": [[1]]},
         {"root": 3},
+        {"root": None},
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, changes):

@@ -54,9 +54,18 @@ class Runs:
         return self._runs[low]
 
     def _extent(self, run: int) -> tuple[int, int]:
+        """Of the members of a run; nothing, where the next one begins, if it has none."""
         found = self._extents.get(run)
         if found is None:
-            first = max(run * RUN - self._first, 0)
-            last = min((run + 1) * RUN - self._first, len(self._table))
-            found = self._extents[run] = self._table.extent(first, last)
+            found, at = self._members(run), run
+            while found == (0, 0):  # in place of a begin that is out of order
+                at += 1
+                begin = self._members(at)[0] if at in self._runs else self._table.bytes
+                found = begin, begin
+            self._extents[run] = found
         return found
+
+    def _members(self, run: int) -> tuple[int, int]:
+        first = max(run * RUN - self._first, 0)
+        last = min((run + 1) * RUN - self._first, len(self._table))
+        return self._table.extent(first, last)

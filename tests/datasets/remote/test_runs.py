@@ -26,6 +26,8 @@ class Listed:
 
     def extent(self, first, last):
         places = [place for row in self.rows[first:last] for place in row]
+        if not places:
+            return 0, 0
         return min(place.offset for place in places), max(place.offset + place.size for place in places)
 
 
@@ -65,3 +67,16 @@ def test_a_run_is_one_piece_of_its_members():
     assert one == [(512, 34 * 2 * 612)]
     assert two == [(34 * 2 * 612 + 512, 98 * 2 * 612)]
     assert three == [(98 * 2 * 612 + 512, 100 * 2 * 612)]
+
+
+@given(holes=st.sets(st.integers(0, 9), max_size=9), first=st.integers(0, 200))
+def test_runs_without_members_hide_no_others(holes, first):
+    table = Listed([100] * 10 * RUN, apart=False)
+    for row in range(len(table)):
+        if (first + row) // RUN - first // RUN in holes:
+            table.rows[row] = []
+    runs = Runs(table, first)  # pyright: ignore[reportArgumentType]
+    for row, places in enumerate(table.rows):
+        own = list(runs.pieces((first + row) // RUN))
+        assert bool(own) == bool(places)
+        assert all(runs.holding(place) == own for place in places)

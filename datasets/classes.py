@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 from datasets.errors import UserError
+from datasets.homes import at_home
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Classes:
     """The classes images are sorted into, and how they are put into words."""
 
@@ -22,6 +23,11 @@ class Classes:
     """Sentences with `{}` where the name goes."""
     source: str = "the class list"
     """Where they come from, for messages."""
+
+    @cached_property
+    def normalised(self) -> frozenset[str]:
+        """The names, as they are compared."""
+        return frozenset(map(normalise_name, self.names))
 
     def prompts(self) -> list[list[str]]:
         """Of each class, each template with its name put in."""
@@ -64,7 +70,7 @@ def default_templates() -> tuple[str, ...]:
 
 def _read(path: str) -> str:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = at_home(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(
             f"there is no class file {path}: give a text file with one class name a line, or `imagenet`"

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 from datasets.errors import UserError
+from datasets.homes import at_home
 from datasets.remote.fetch import is_remote
 from datasets.shards.indexing import Job, Outcome, cores, index_one, shown_url
 from datasets.shards.manifest import LeftOut, Manifest, shared
@@ -112,7 +113,7 @@ def _jobs(names: list[str], out: Path | None) -> tuple[list[Job], Path]:
             f"{shown_url(names[0])} and {shown_url(other)} share no folder: index them apart, and name both "
             "manifests where the data are used"
         )
-    folder = Path(root) if out is None else out.expanduser().absolute()
+    folder = Path(root) if out is None else at_home(out).absolute()
     labels = [name[len(root) :] for name in names]
     outside = [label for label in labels if ".." in label.split("/")]
     if outside:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from datasets import hub
 from datasets.atomic import replace
 from datasets.errors import UserError
+from datasets.homes import at_home
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -229,7 +230,7 @@ class HubTokens:
 
 def _tokenizer_folder(source: str) -> Path:
     """Where the files of a tokenizer lie, fetched from the hub unless they are a directory."""
-    folder = Path(source).expanduser()
+    folder = at_home(source)
     if not folder.is_dir():
         instead = f"name a local directory with a {_FILE}: --model.tokenizer DIR"
         return hub.fetch_folder(source, _FILE, beside=_BESIDE, instead=instead)

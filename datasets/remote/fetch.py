@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from threading import Event
 from time import monotonic
@@ -19,6 +21,7 @@ from urllib.parse import urlsplit
 
 from datasets.errors import ShardError, UserError
 from datasets.health import Meter
+from datasets.homes import at_home
 from datasets.remote import buckets, web
 from datasets.remote.answer import Answer, GoneError, PassingError
 
@@ -54,18 +57,21 @@ class Remote:
         Raises:
             UserError: a value is out of its range.
         """
-        if not self.cache * 2**30 >= 4 * PIECE:
-            raise UserError(f"a cache of {self.cache:g} GiB holds no ranges: give at least 0.25")
+        if not (isfinite(self.cache) and self.cache * 2**30 >= 4 * PIECE):
+            raise UserError(
+                f"--remote.cache {self.cache:g} cannot be kept to: give GiB, 0.25 or more, which is 4 ranges"
+            )
         for name in ("deadline", "stall", "connections"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name):g}: give more than 0")
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0):
+                raise UserError(f"--remote.{name} {value:g} cannot be kept to: give a number above 0")
 
     def place(self) -> Path:
         """The folder of the cache."""
         if self.folder:
-            return Path(self.folder).expanduser()
+            return at_home(self.folder)
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(home).expanduser() / "medley" / "shards"
+        return at_home(home) / "medley" / "shards"
 
 
 def is_remote(url: str) -> bool:
@@ -75,8 +81,9 @@ def is_remote(url: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL for messages: without a password, and without the signature that a query may be."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    scheme, _, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def fetch(
@@ -221,7 +228,11 @@ def _stream(url: str, begin: int, end: int | None, pace: _Pace, size: int | None
 
 
 def _transport(url: str) -> Callable[..., AbstractContextManager[Answer]]:
-    scheme = urlsplit(url).scheme
+    try:
+        parts = urlsplit(url)
+        scheme, _ = parts.scheme, parts.port  # which is read when it is asked for
+    except ValueError as error:
+        raise UserError(f"{shown(url)} is not written as URLs are ({error}): mend it") from error
     if scheme not in _TRANSPORTS:
         raise UserError(f"{shown(url)} cannot be read: give {', '.join(sorted(_TRANSPORTS))} or a local path")
     return _TRANSPORTS[scheme]

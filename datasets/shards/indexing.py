@@ -13,6 +13,7 @@ from time import thread_time
 from typing import NamedTuple
 
 from datasets.errors import UserError
+from datasets.homes import at_home
 from datasets.remote.fetch import Remote, fetch_to, is_remote, shown, size_of
 from datasets.shards import sidecar
 from datasets.shards.grouping import group, printable
@@ -74,7 +75,7 @@ def valid(path: Path, shard: str) -> Head | None:
 def cache_folder() -> Path:
     """Where sidecars are kept of shards that have none beside them."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "medley" / "index"
+    return at_home(home) / "medley" / "index"
 
 
 def cores() -> int:

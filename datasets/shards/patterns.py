@@ -13,6 +13,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from datasets.errors import UserError
+from datasets.homes import at_home
 
 _BETWEEN = re.compile(r",(?![^{}]*\})")  # commas, but not those within braces
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
@@ -61,7 +62,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _local(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_file():
         return [path]
     pattern = str(path)

@@ -298,3 +298,17 @@ def test_shards_that_share_no_folder_are_refused(shards, tmp_path, capsys, names
     assert (code, err.count("\n")) == (2, 1)
     assert "1.tar share no folder: index them apart" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("http://h:abc/x.tar", "http://h:abc/x.tar is not written as URLs are"),
+        ("http://[::1/x.tar", "http://[::1/x.tar is not written as URLs are"),
+        ("~nobody-here/x.tar", "begins with a home folder that is not known"),
+    ],
+)
+def test_names_that_are_not_well_formed(tmp_path, capsys, name, says):
+    code, _, err = run(capsys, name, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err

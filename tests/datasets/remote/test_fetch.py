@@ -240,6 +240,15 @@ def test_what_no_library_reads_is_refused():
             fetch(url, 0, 10, remote=QUICK)
 
 
+@pytest.mark.parametrize("url", ["http://me:pass@h:abc/x.tar?secret", "http://[::1/x.tar", "s3://[b/x.tar"])
+def test_a_malformed_url_is_said(url):
+    for ask in (read_whole, size_of):
+        with pytest.raises(UserError, match=r"x\.tar is not written as URLs are .*: mend it") as raised:
+            ask(url, remote=QUICK)
+        assert "pass" not in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+
 def test_messages_show_no_secret():
     assert shown("https://me:secret@host:81/a/b.tar?X-Signature=abc#x") == "https://host:81/a/b.tar"
     with pytest.raises(ShardError) as raised:
@@ -251,9 +260,14 @@ def test_messages_show_no_secret():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": 0.1}, "at least 0.25"),
-        ({"cache": float("nan")}, "at least"),
-        ({"stall": 0.0}, "stall is 0: give"),
+        ({"cache": 0.1}, r"--remote\.cache 0\.1 .* 0\.25 or more"),
+        ({"cache": float("nan")}, r"--remote\.cache nan"),
+        ({"cache": float("inf")}, r"--remote\.cache inf"),
+        ({"stall": 0.0}, r"--remote\.stall 0 .* above 0"),
+        ({"stall": float("inf")}, r"--remote\.stall inf"),
+        ({"deadline": float("inf")}, r"--remote\.deadline inf"),
+        ({"deadline": float("nan")}, r"--remote\.deadline nan"),
+        ({"connections": 0}, r"--remote\.connections 0"),
     ],
 )
 def test_settings_that_cannot_be_meant(settings, message):
@@ -267,3 +281,5 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert Remote().place() == Path.home() / ".cache/medley/shards"
     assert Remote(folder="/fast").place() == Path("/fast")
+    with pytest.raises(UserError, match="~nobody-here/x begins with a home folder that is not known"):
+        Remote(folder="~nobody-here/x").place()

@@ -333,6 +333,14 @@ def test_remote_shards_need_a_manifest():
         open_manifest("https://h.example/{0..9}.tar?signature=secret")
 
 
+@pytest.mark.parametrize("name", ["http://h:abc/{}", "http://[::1/{}"])
+def test_a_malformed_url_is_refused_in_words(name):
+    with pytest.raises(UserError, match=r"m\.json is not written as URLs are"):
+        open_manifest(name.format("m.json"))
+    with pytest.raises(UserError, match=r"x\.tar is remote and has no manifest"):
+        open_manifest(name.format("x.tar"))
+
+
 def test_manifests_and_shards_are_pooled_in_the_order_named(tmp_path, pack):
     for name in ("a/0", "a/1", "b/0"):
         pack(tmp_path / f"{name}.tar", [*FOUR, (f"{name[0]}{name[2]}.txt", b"own")])

@@ -63,6 +63,7 @@ def test_a_range_without_end_is_refused(spec, monkeypatch):
         ("{t}/a", r"{t}/a is a directory: name the shards in it, as in '{t}/a/\*\.tar'"),
         ("pipe:cat x; touch y", "is a command, and none is ever run"),
         ("https://h.example/*.tar", "a server tells no names: give a brace range"),
+        ("~nobody-here/x.tar", "begins with a home folder that is not known: write it out"),
         (" , ", "names no tar file"),
         ("{t}/a/{{0..2.tar", "braces that do not match"),
     ],

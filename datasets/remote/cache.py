@@ -1,7 +1,8 @@
 """Files that were fetched, on a local disk, shared by the processes of a node and bounded in bytes.
 
 A file is written beside under a lock, so that one process brings it and the others wait, and renamed when it
-is whole. The kernel frees the lock of a process that dies; what it left is not trusted and overwritten. Those
+is whole. The kernel frees the lock of a process that dies; what it left is not trusted and overwritten. On a
+file system without locks each brings its own, and their bytes together may pass the bound for a while. Those
 that were used longest ago are deleted, also under a reader's feet: it finds nothing then, and fetches again.
 """
 
@@ -11,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import blake2b
 from pathlib import Path
 from threading import get_ident
@@ -19,6 +19,7 @@ from time import monotonic, sleep
 from typing import NamedTuple
 
 from datasets.errors import UserError
+from datasets.locks import lock, still_names
 
 _OURS = re.compile(r"[0-9a-f]{32}(\.\d+-\d+)?(\.part)?")
 _FREED = 0.1  # of the cache, at once: a scan of the folder serves many files
@@ -47,10 +48,10 @@ class Cache:
             os.close(os.open(self._ledger, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
 
     def read(self, name: str, begin: int = 0, size: int = -1, *, whole: int | None = None) -> bytes | None:
-        """A part of a file, by default all of it; None if it is not here, or not with `whole` bytes."""
+        """A part of a file, by default all of it; None if it cannot be read, or has not `whole` bytes."""
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:
             return None
         try:
             length = os.fstat(descriptor).st_size
@@ -59,6 +60,8 @@ class Cache:
             with suppress(OSError):  # another's file can be read but not touched
                 os.utime(descriptor)
             return os.pread(descriptor, length if size < 0 else size, begin)
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 
@@ -67,7 +70,7 @@ class Cache:
         path = self.folder / name
         try:
             found = path.stat().st_size == whole
-        except FileNotFoundError:
+        except OSError:
             return False
         with suppress(OSError):
             os.utime(path)
@@ -99,14 +102,17 @@ class Cache:
         part = self.folder / f"{name}.part"
         while True:
             with self._opened(part) as descriptor:
-                if _locked(descriptor):
-                    if _same(descriptor, part):
+                locked = lock(descriptor)
+                if locked:
+                    if still_names(part, descriptor):
                         return self._bring(name, part, descriptor, fetch, whole)
                     continue  # it was renamed or given up as we looked
-            if monotonic() > until:  # whoever fetches hangs
+            if locked is None:
+                part.unlink(missing_ok=True)
+            if locked is None or monotonic() > until:  # whoever fetches is not known, or hangs
                 own = self.folder / f"{name}.{os.getpid()}-{get_ident()}.part"
                 with self._opened(own) as descriptor:
-                    _locked(descriptor)
+                    lock(descriptor)
                     return self._bring(name, own, descriptor, fetch, whole)
             sleep(pause)
             pause = min(pause * 2, _LOOK[1])
@@ -136,7 +142,7 @@ class Cache:
             return False
         with self._opened(self._ledger) as ledger:
             until = monotonic() + _LEDGER_PATIENCE
-            while not _locked(ledger) and monotonic() < until:
+            while lock(ledger) is False and monotonic() < until:
                 sleep(_LOOK[0])
             noted = os.pread(ledger, 32, 0)
             used = int(noted) if noted.isdigit() else self._limit + 1
@@ -178,9 +184,9 @@ class Cache:
         with suppress(FileNotFoundError):
             descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
             try:
-                if not _locked(descriptor):
+                if not lock(descriptor):  # without locks, whose it is is not known
                     return False
-                if _same(descriptor, part):
+                if still_names(part, descriptor):
                     part.unlink()
             finally:
                 os.close(descriptor)
@@ -215,20 +221,3 @@ class _Found(NamedTuple):
     used: int
     name: str
     size: int
-
-
-def _locked(descriptor: int) -> bool:
-    """Lock a file until it is closed, unless another holds it."""
-    try:
-        flock(descriptor, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether a path still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

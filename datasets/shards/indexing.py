@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, flock
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from time import thread_time
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from datasets.errors import UserError
 from datasets.homes import at_home
+from datasets.locks import lock, still_names
 from datasets.remote.fetch import Remote, fetch_to, is_remote, shown, size_of
 from datasets.shards import sidecar
 from datasets.shards.grouping import group, printable
@@ -158,7 +158,7 @@ def _is_ours(path: Path) -> bool:
 @contextmanager
 def _alone(path: Path) -> Generator[None]:
     """Hold the lock of a sidecar; the kernel frees that of a process that dies."""
-    lock = path.with_name(f"{path.name}.lock")
+    held = path.with_name(f"{path.name}.lock")
     with _writing(path):
         there = next(folder for folder in path.parents if folder.is_dir())
         if not there.stat().st_mode & 0o222:  # which would not stop root, as in a container
@@ -166,27 +166,18 @@ def _alone(path: Path) -> Generator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with _writing(path):
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(held, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with suppress(OSError):  # a file system without locks: the work may be done twice
-                flock(descriptor, LOCK_EX)
-            if not _names(lock, descriptor):
+            lock(descriptor, wait=True)  # a file system may have no locks: then the work may be done twice
+            if not still_names(held, descriptor):
                 continue  # its last holder has removed it
             try:
                 yield
                 return
             finally:
-                lock.unlink(missing_ok=True)
+                held.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    """Whether a path still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -233,3 +234,37 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No space left on device\): give a folder .* --remote.cache"):
         bring(cache, NAME, b"whole")
     assert names(tmp_path) == set()
+
+
+def no_locks(descriptor, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_where_there_are_no_locks_it_works_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.locks.flock", no_locks)
+    cache = Cache(tmp_path, limit=100)
+    with ThreadPoolExecutor(4) as pool:
+        brought = list(pool.map(lambda _: bring(cache, NAME, b"x" * 30), range(8)))
+    assert set(brought) <= {b"x" * 30, None}
+    assert cache.read(NAME, whole=30) == b"x" * 30
+    for number in range(8):
+        assert bring(cache, name_of(number), b"y" * 30) == b"y" * 30
+        assert on_disk(tmp_path) <= 100
+    assert not [name for name in names(tmp_path) if name.endswith(".part")]
+
+
+def test_what_cannot_be_read_is_not_here(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, limit=100)
+    bring(cache, NAME, b"0123456789")
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for call in ("pread", "open", "stat"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, fails)
+            patched.setattr(Path, "stat", fails)
+            if call != "stat":
+                assert cache.read(NAME) is None
+            assert not cache.holds(NAME, 10)
+    assert cache.read(NAME) == b"0123456789"

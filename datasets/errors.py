@@ -7,7 +7,7 @@ from typing import Final, Literal
 Kind = Literal[
     "member", "missing", "checksum",
     "empty_image", "format", "too_large", "truncated", "corrupt",
-    "utf8", "json", "no_caption", "not_text", "class", "box",
+    "utf8", "json", "no_caption", "not_text", "class", "box", "no_phrase",
 ]  # fmt: skip
 """What can be wrong with a sample: what is counted together."""
 
@@ -26,6 +26,7 @@ KINDS: Final[dict[str, str]] = {
     "not_text": "its caption is a number, a list or an object",
     "class": "its class is not a number from 0 on, nor a name",
     "box": "a box of it is not x0, y0, x1, y1 in 0..1 of one of its captions",
+    "no_phrase": "it has no phrase with a box",
 }
 """Every kind in words."""
 

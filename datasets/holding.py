@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from datasets.classes import Classes
+from datasets.classes import Classes, normalise_name
 from datasets.draws import draws
 from datasets.errors import Kind
 from datasets.sample import Fault, Phrase, Sample
@@ -65,6 +65,8 @@ class Holding:
 
     def _phrases(self, sample: Sample, key: tuple[int, ...]) -> Sample:
         """Every text is a phrase, with its box in the view. What the view cut off is no text at all."""
+        if not sample.phrases and not sample.cut_off:
+            return _masked(sample, "no_phrase", "no phrase with a box")
         chosen = [sample.phrases[i] for i in self._chosen(len(sample.phrases), key)]
         return replace(
             sample,
@@ -82,6 +84,8 @@ class Holding:
                     sample, "class", f"its class {name} is none of the {len(names)} that have names"
                 )
             name = names[name]
+        elif name is not None and names and normalise_name(name) not in self.classes.normalised:
+            return _masked(sample, "class", f"its class {name!r:.80} is none of the {len(names)} named")
         if name is None:
             return _masked(sample, "class", "no class")
         templates = [self.classes.templates[i] for i in self._chosen(len(self.classes.templates), key)]

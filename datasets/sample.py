@@ -44,7 +44,7 @@ class Phrase:
 class Sample:
     """What a source says about one index.
 
-    A sample that could not be read keeps its slot: `fault` says why, and the image is zeros.
+    A sample that could not be read keeps its slot: `fault` says why, and there is nothing else in it.
     Positions never shift because of bad data; the loss leaves the slot out.
     """
 
@@ -56,6 +56,8 @@ class Sample:
     phrases: tuple[Phrase, ...] = ()
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     """Of each caption, where the captions are phrases: the box it names, in the image as it is here."""
+    cut_off: int = 0
+    """Phrases whose boxes lie outside the view."""
     label: str | int | None = None
     """The class, by name or by number, where the source knows one."""
     shard: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from math import ceil
 from time import monotonic
 
 import torch
@@ -14,6 +15,7 @@ from datasets.loader import Feed
 from datasets.order import RUN
 from datasets.source import Field
 from datasets.tokens import Tokenizer, TrainedBPE
+from datasets.weights import weight_at
 from objectives import kind_of, objective_class
 from objectives.base import Objective, Tower, Widths
 from pretrain.config import Run
@@ -69,18 +71,31 @@ def _refuse_if_missing(run: Run, objective: str, feed: Feed) -> None:
 
 
 def check_size(run: Run, feeds: Sequence[Feed]) -> None:
-    """Refuse a source that is smaller than a batch: a sample would stand in it twice.
+    """Refuse a source that has fewer samples than a step takes of it: one would stand in a batch twice.
 
     Raises:
         UserError: names the source and both sizes.
     """
     largest = max(stage.batch for stage in run.stages.values())
     for feed in feeds:
-        if feed.source.size is not None and feed.source.size < largest:
+        # What is owed beyond the share is less than a quantum for each source (`datasets.mixture`).
+        carried = 0 if len(feeds) == 1 else len(feeds) * run.shuffle.lanes
+        taken = min(largest, ceil(largest * _largest_share(feed, feeds)) + carried)
+        if feed.source.size is not None and feed.source.size < taken:
             raise UserError(
-                f"{feed.source.name} has {feed.source.size} samples, too few for one batch of {largest}: "
-                "choose a smaller batch or more data"
+                f"{feed.source.name} has {feed.source.size} samples, too few for one batch that takes "
+                f"{taken} of them: choose a smaller batch or more data"
             )
+
+
+def _largest_share(feed: Feed, feeds: Sequence[Feed]) -> float:
+    """The largest share of a batch that a source ever has: between points of weights it rises or falls."""
+    steps = {0}
+    for each in feeds:
+        steps |= set() if isinstance(each.weight, int | float) else {step for step, _ in each.weight}
+    return max(
+        weight_at(feed.weight, step) / sum(weight_at(each.weight, step) for each in feeds) for step in steps
+    )
 
 
 def build_tokenizer(

@@ -34,7 +34,8 @@ These decide what else there is to set; all other flags are listed below, for th
   --objectives itc,lm      what to minimise: KIND, KIND:WEIGHT or NAME=KIND, separated by commas
   --model KIND[:NAME]      dual, or open_clip:ViT-B-32 for a whole open_clip model, also open_clip:PATH
   --data [NAME=]WHERE      scenes (built in) or tar shards: a manifest, globs, brace ranges, with commas
-                           between; again with another NAME for a mixture, set by --sources.NAME.*
+                           between; again with another NAME for a mixture, set by --sources.NAME.*;
+                           of one NAME the last counts; a path with = needs a NAME= or ./ before it
   --out RUN_DIR            where the run lives; the same command again goes on there
   --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """

@@ -163,6 +163,10 @@ class Run:
         self.shuffle.check("--shuffle")
         steps = {0}
         for name, source in self.sources.items():
+            if not name.isidentifier():
+                raise UserError(
+                    f"a source cannot be called {name!r}: give it a name of letters, digits and _"
+                )
             source.check(f"--sources.{name}")
             unknown = [each for each in source.objectives if each not in self.objectives]
             if unknown:

@@ -57,6 +57,14 @@ class Ranks:
         dist.all_gather_into_tensor(gathered, values, group=self.group)
         return gathered.view(self.world, -1)
 
+    def gather_objects(self, mine: T) -> list[T]:
+        """What each rank has, on every rank."""
+        if self.group is None:
+            return [mine]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.group is not None:

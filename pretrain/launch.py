@@ -23,6 +23,7 @@ from pretrain.data import open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.finish import is_finished, show
+from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
 from pretrain.preempt import Preemption
 from pretrain.prepare import build, claim, say
@@ -56,6 +57,7 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     with ExitStack() as stack:
         data = open_data(run, say=say if ranks.zero else None)
         stack.callback(data.close)
+        check_ranks(data.feeds, ranks)
         rundir = RunDir(command.out)
         changed = ranks.on_zero(lambda: claim(command, stack))
         if is_finished(rundir, curriculum):

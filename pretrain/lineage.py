@@ -8,6 +8,7 @@ from datasets.errors import UserError
 from datasets.loader import Feed
 from datasets.shards.manifest import Manifest
 from datasets.shards.tars import Tars
+from pretrain.distributed import Ranks
 from pretrain.rundir import RunDir
 from pretrain.state import Known, Standing
 
@@ -29,11 +30,10 @@ def changes(
     if before.order != now.order:
         named.append(f"the version of the order ({before.order} then, {now.order} now)")
     named += [f"the source {name}, which is gone" for name in before.data if name not in now.data]
+    named += [f"the source {name}, which is new" for name in now.data if name not in before.data]
     for feed in feeds:
         then, here = before.data.get(feed.name), now.data[feed.name]
-        if then is None:
-            named.append(f"the source {feed.name}, which is new")
-        elif then.fingerprint != here.fingerprint:
+        if then is not None and then.fingerprint != here.fingerprint:
             named.append(f"the data of source {feed.name}: {_difference(feed, then, here, rundir)}")
     if named and not allowed:
         raise UserError(
@@ -52,6 +52,27 @@ def unlike_kept(feeds: Sequence[Feed], rundir: RunDir) -> list[str]:
             continue
         named.append(f"the data of source {feed.name}: {kept.difference(feed.source.manifest)}")
     return named
+
+
+def check_ranks(feeds: Sequence[Feed], ranks: Ranks) -> None:
+    """Refuse ranks that opened different data: each node looks at its own disk.
+
+    Raises:
+        UserError: names the source and the ranks.
+    """
+    mine = [(feed.name, feed.source.fingerprint, feed.source.size) for feed in feeds]
+    everyone = ranks.gather_objects(mine)
+
+    def compare() -> None:
+        for rank, theirs in enumerate(everyone):
+            for (name, fingerprint, size), (_, other, many) in zip(everyone[0], theirs, strict=True):
+                if fingerprint != other:
+                    raise UserError(
+                        f"rank {rank} reads other data as source {name!r} than rank 0 ({many} samples there, "
+                        f"{size} here): give every node the same shards, by their manifest"
+                    )
+
+    ranks.on_zero(compare)
 
 
 def keep(feeds: Sequence[Feed], rundir: RunDir) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +207,9 @@ def _belongs(
         )
     if match[1] != identity and not run.checkpoints.exists() and not _has_content(run.ledger):
         # Nothing was trained: a mistake was being mended, and what it left is no one's.
-        for leftover in (run.tokenizer, run.threads, run.metrics, run.starts):
+        for leftover in (run.tokenizer, run.threads, run.metrics, run.starts, run.quarantine):
             leftover.unlink(missing_ok=True)
+        shutil.rmtree(run.manifests, ignore_errors=True)
         return None, []
     if match[1] == identity:
         return before, []
@@ -228,13 +230,28 @@ def _has_content(path: Path) -> bool:
 def _differences(there: Any, here: Any, budgets: Collection[str]) -> list[tuple[str, str]]:
     """Keys, and in words what they hold there and here."""
     old, new = dict(leaves(there)), dict(leaves(here))
-    return [
-        (key, f"{key} ({old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here)")
-        for key in {**old, **new}
-        if key.split(".")[0] not in budgets
-        and not key.endswith(".steps")
-        and old.get(key, "nothing") != new.get(key, "nothing")
+    sources = [list(each.get("sources", {})) for each in (there, here)]
+    both = [name for name in sources[0] if name in sources[1]]
+    found: list[tuple[str, str]] = []
+    if both != [name for name in sources[1] if name in both]:
+        found.append(("sources", f"the order of its sources ({', '.join(sources[0])} there)"))
+    for key in {**old, **new}:
+        top, _, rest = key.partition(".")
+        alone = top == "sources" and rest.split(".")[0] not in both  # it is named as a whole, by the data
+        if alone or top in budgets or key.endswith(".steps") or old.get(key) == new.get(key):
+            continue
+        found.append((key, f"{key} ({_shown(old, key)} there, {_shown(new, key)} here)"))
+    names = dict.fromkeys([*sources[0], *sources[1]])
+    found += [
+        (f"sources.{name}", f"the source {name}, which is {'new' if name in sources[1] else 'gone'}")
+        for name in names
+        if name not in both
     ]
+    return found
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return ascii(values[key]) if values.get(key) == "" else str(values.get(key, "nothing"))
 
 
 def _few(named: list[str], *, limit: int = 3) -> list[str]:

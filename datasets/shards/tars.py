@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import TypedDict
 
 from datasets.annotations import Annotations, annotated
 from datasets.decode import decode
@@ -15,13 +16,22 @@ from datasets.errors import ContentError
 from datasets.health import Meter
 from datasets.remote.fetch import Remote
 from datasets.sample import Fault, Phrase, Sample
+from datasets.shards.grouping import printable
 from datasets.shards.manifest import Manifest, open_manifest
 from datasets.shards.sidecar import Place, Row
 from datasets.shards.store import Store
 from datasets.source import EVERYTHING, Field
 from datasets.views import Augment, fixed_view, random_view
 
-_GLANCE = 64  # samples that are looked at to find out what a source holds
+_GLANCE, _GLANCE_FAR = 64, 16  # samples that are looked at to find out what a source holds, or a remote one
+
+
+class _Where(TypedDict):
+    """What every sample says about itself."""
+
+    key: str
+    shard: str
+    offset: int
 
 
 class Tars:
@@ -69,24 +79,19 @@ class Tars:
     ) -> Sample:
         """The sample at `index`: a view drawn by `seed` for training, the central square otherwise."""
         number, row = self._find(index)
-        shard = self.manifest[number].label
-        places = (row.image, row.text, row.record, row.number)
-        offset = min((place.offset for place in places if place), default=-1)
-        key = f"{shard}/{row.key}"
+        shard = printable(self.manifest[number].label)
+        here: _Where = {
+            "key": f"{shard}/{row.key}",
+            "shard": shard,
+            "offset": min((place.offset for place in row.places), default=-1),
+        }
         try:
             found = self._annotations(number, row, fields)
-            encoded = self._bytes(number, row.image, "no image") if "image" in fields else None
-            with self._meter.timed("decode", key):
-                image = None if encoded is None else decode(encoded)
-                if image is None:
-                    return Sample(
-                        key=key,
-                        image=None,
-                        captions=found.captions,
-                        label=found.label,
-                        shard=shard,
-                        offset=offset,
-                    )
+            if "image" not in fields:
+                return Sample(image=None, captions=found.captions, label=found.label, **here)
+            encoded = self._bytes(number, row.image, "no image")
+            with self._meter.timed("decode", here["key"]):
+                image = decode(encoded)
                 height, width = image.shape[1:]
                 if train:
                     view = random_view(height, width, augment=self._augment, key=seed)
@@ -94,19 +99,17 @@ class Tars:
                     view = fixed_view(height, width)
                 pixels = view.pixels(image, resolution=resolution)
         except ContentError as error:
-            fault = Fault(error.kind, str(error), shard, offset)
-            return Sample(key=key, image=None, captions=(), fault=fault, shard=shard, offset=offset)
-        boxes = ((phrase, view.box(phrase.box)) for phrase in found.phrases)
+            fault = Fault(error.kind, str(error), shard, here["offset"])
+            return Sample(image=None, captions=(), fault=fault, **here)
+        boxes = [(phrase, view.box(phrase.box)) for phrase in found.phrases]
+        phrases = tuple(Phrase(text=each.text, box=box, caption=each.caption) for each, box in boxes if box)
         return Sample(
-            key=key,
             image=pixels,
             captions=found.captions,
-            phrases=tuple(
-                Phrase(text=phrase.text, box=box, caption=phrase.caption) for phrase, box in boxes if box
-            ),
+            phrases=phrases,
+            cut_off=len(boxes) - len(phrases),
             label=found.label,
-            shard=shard,
-            offset=offset,
+            **here,
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -128,7 +131,7 @@ class Tars:
     @cached_property
     def _samples_of(self) -> dict[str, int]:
         """Samples of each shard by its label: only made where a sample is bad."""
-        return {shard.label: shard.samples for shard in self.manifest}
+        return {printable(shard.label): shard.samples for shard in self.manifest}
 
     def close(self) -> None:
         """Close the shards; nothing can be read afterwards."""
@@ -157,9 +160,13 @@ class Tars:
         return self._store.read(number, place)
 
     def _held(self) -> frozenset[Field]:
-        """What the first samples hold; one that cannot be read says so where it is met."""
+        """What a few samples from all over hold; one that cannot be read says so where it is met."""
         held: set[Field] = set()
-        for index in range(min(_GLANCE, self.manifest.size)):
+        few = _GLANCE_FAR if self.remote else _GLANCE
+        indices = range(0, self.manifest.size, max(1, self.manifest.size // few))
+        for index in indices:
+            self.prefetch(index)
+        for index in indices:
             number, row = self._find(index)
             if row.image:
                 held.add("image")

@@ -24,7 +24,7 @@ SAMPLE = Sample(
     shard="00000.tar",
     offset=512,
 )
-CLASSES = Classes(("dog", "cat {}"), ("a {}.", "the {}, again {}", "many"), source="pets")
+CLASSES = Classes(("dog", "cat {}", "cat"), ("a {}.", "the {}, again {}", "many"), source="pets")
 KEYS = [(3, epoch, 7) for epoch in range(400)]
 
 
@@ -66,9 +66,23 @@ def test_phrases_are_texts_with_their_boxes():
 
 
 def test_an_image_whose_phrases_lie_outside_the_view_stays_without_text():
-    found = Holding(holds="phrases")(replace(SAMPLE, phrases=()), KEYS[0])
+    found = Holding(holds="phrases")(replace(SAMPLE, phrases=(), cut_off=2), KEYS[0])
     assert (found.captions, found.boxes, found.fault) == ((), (), None)
     assert found.image is SAMPLE.image
+
+
+def test_an_image_that_never_had_a_phrase_is_masked():
+    found = Holding(holds="phrases")(replace(SAMPLE, phrases=()), KEYS[0])
+    assert found.fault is not None
+    assert (found.fault.kind, found.image) == ("no_phrase", None)
+
+
+def test_a_class_by_name_must_be_among_those_that_were_named():
+    holding = Holding(holds="classes", classes=Classes(("Red apple", "pear"), ("a {}",)))
+    assert holding(replace(SAMPLE, label="red_apple"), KEYS[0]).captions == ("a red_apple",)
+    fault = holding(replace(SAMPLE, label="zebra"), KEYS[0]).fault
+    assert fault is not None
+    assert (fault.kind, str(fault)) == ("class", "its class 'zebra' is none of the 2 named")
 
 
 def test_text_and_images():
@@ -99,9 +113,9 @@ def test_classes_by_name_and_by_number_are_put_into_sentences():
         (Holding(holds="classes", classes=CLASSES), {"label": None}, "class", "no class"),
         (
             Holding(holds="classes", classes=CLASSES),
-            {"label": 2},
+            {"label": 3},
             "class",
-            "its class 2 is none of the 2 that have names",
+            "its class 3 is none of the 3 that have names",
         ),
     ],
 )

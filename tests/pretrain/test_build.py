@@ -76,9 +76,26 @@ def test_what_cannot_be_fed_is_refused_in_one_sentence(sources, sentence):
     assert "\n" not in str(raised.value)
 
 
+def test_a_small_source_may_have_a_small_share():
+    """It needs what a step may take of it: its largest share, and what is carried over."""
+    run, feeds = mixture(pairs=("captions", ""), few=("captions", ""))
+    run = replace(run, stages={"one": replace(run.stages["one"], batch=2000)})
+    feeds[0] = replace(feeds[0], source=Scenes())
+    points = ((0, 0.0), (100, 0.15))
+    check_size(run, [feeds[0], replace(feeds[1], weight=points)])
+    with pytest.raises(UserError, match="300 samples, too few for one batch that takes 350"):
+        check_size(run, [feeds[0], replace(feeds[1], weight=((0, 0.0), (100, 0.2)))])
+
+
 def test_a_source_smaller_than_the_largest_batch_is_refused():
     run, feeds = mixture(pairs=("captions", ""))
     stages = {name: replace(run.stages["one"], batch=batch) for name, batch in (("a", 300), ("b", 301))}
     check_size(replace(run, stages={"a": stages["a"]}), feeds)
-    with pytest.raises(UserError, match="scenes has 300 samples, too few for one batch of 301"):
+    with pytest.raises(UserError, match="scenes has 300 samples, too few for one batch that takes 301"):
         check_size(replace(run, stages=stages), feeds)
+
+
+def test_a_source_has_a_name_that_can_be_a_files():
+    run, _ = mixture(pairs=("captions", ""))
+    with pytest.raises(UserError, match=r"a source cannot be called '\.\./c': give it a name"):
+        replace(run, sources={"../c": SourceConfig()}).check()

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from datasets.errors import UserError
+from datasets.loader import Feed
 from pretrain import checkpoint, launch, loop
+from pretrain.distributed import SaidByRankZeroError
 from pretrain.evaluate import during
+from pretrain.lineage import check_ranks
 from pretrain.starts import read_starts
 
 FLAGS = (
@@ -230,3 +234,35 @@ def restate(out: Path, **changes: int) -> None:
 
 def lines(out: Path) -> list[str]:
     return (out / "ledger").read_text().splitlines()
+
+
+class Opened:
+    """What `check_ranks` looks at."""
+
+    def __init__(self, fingerprint):
+        self.fingerprint, self.size = fingerprint, 7
+
+
+def other_data_on_rank_one(ranks):
+    feeds = [Feed(name="photos", source=Opened("a" if ranks.rank == 0 else "b"))]  # pyright: ignore
+    try:
+        check_ranks(feeds, ranks)
+    except (UserError, SaidByRankZeroError) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_ranks_that_opened_other_data_are_refused(pool):
+    for world in (2, 4):
+        said = pool.run(other_data_on_rank_one, world)
+        assert said[0][0] == "UserError"
+        assert said[0][1].startswith("rank 1 reads other data as source 'photos' than rank 0 (7 samples")
+        assert {name for name, _ in said[1:]} == {"SaidByRankZeroError"}
+
+
+def test_ranks_that_opened_the_same_go_on(pool):
+    assert pool.run(same_data, 2) == [None, None]
+
+
+def same_data(ranks):
+    check_ranks([Feed(name="photos", source=Opened("a"))], ranks)  # pyright: ignore

@@ -48,9 +48,9 @@ def test_where_things_lie(tmp_path):
     ]
 
 
-def trained(folder):
+def trained(folder, **changes):
     """The directory of a run that has taken a step."""
-    with open_run(folder, text(), identity="a1") as run:
+    with open_run(folder, text(**changes), identity="a1") as run:
         run.ledger.write_text("1 1 0000 0000 0000\n")
 
 
@@ -166,3 +166,22 @@ def test_two_processes_cannot_train_in_one_directory_and_kill_releases_it(tmp_pa
         os.waitpid(child, 0)
     with open_run(tmp_path, text(), identity="a1"):
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_sources_that_come_go_or_change_places_are_named_as_a_whole(tmp_path):
+    one, two = {"data": "a.tar", "classes": ""}, {"data": "b.tar", "classes": ""}
+    trained(tmp_path, sources={"a": one, "b": two})
+    known = {"identity": "b2", "changeable": {"sources"}}
+    with pytest.raises(
+        UserError, match=r"differs in the order of its sources \(a, b there\): .*--allow-changed"
+    ):
+        open_run(tmp_path, text(sources={"b": two, "a": one}), **known)
+    with pytest.raises(
+        UserError, match=r"differs in the source c, which is new; the source b, which is gone|gone; .*new"
+    ):
+        open_run(tmp_path, text(sources={"a": one, "c": two}), **known)
+    with pytest.raises(UserError, match=r"sources\.a\.classes \('' there, names\.txt here\)"):
+        open_run(tmp_path, text(sources={"a": {**one, "classes": "names.txt"}, "b": two}), **known)
+    swapped = open_run(tmp_path, text(sources={"b": two, "a": one}), allow_changed=True, **known)
+    assert swapped.changed == ("the order of its sources (a, b there)",)
+    swapped.close()

@@ -348,3 +348,23 @@ def test_scenes_are_a_source_by_name():
     assert (source.size, source.name) == (None, "scenes")
     assert sample.image is not None
     assert source.captions(0) == sample.captions
+
+
+def test_a_shard_whose_name_is_not_utf8_has_keys_that_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.tar")
+    pack(path, pairs(0, 2))
+    source = opened(path)
+    sample = read(source, 1)
+    assert sample.key.encode() == rf"caf\udce9.tar/{sample.key.rpartition('/')[2]}".encode()
+    assert source.samples_of(sample.shard) == 2
+    source.close()
+
+
+def test_what_a_source_holds_is_looked_for_all_over_it(tmp_path):
+    """Its first shards may lack what later ones have."""
+    for number in range(3):
+        boxed = {"boxes": [{"phrase": "picture", "box_xyxy": [0, 0, 1, 1]}]} if number == 2 else {}
+        pack(tmp_path / f"{number}.tar", pairs(100 * number, 80, **boxed))
+    source = opened(tmp_path / "*.tar")
+    assert source.fields == {"image", "text", "boxes"}
+    source.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -41,10 +42,10 @@ class Checked(NamedTuple):
 
 
 def check_one(wanted: Wanted) -> Checked:
-    """Read a shard from end to end, and compare."""
-    with tempfile.TemporaryDirectory(prefix="medley-check-") as folder:
+    """Read a shard from end to end, and compare; raises UserError if there is no room for a remote one."""
+    with temporary() as folder:
         try:
-            path = _brought(wanted.url, Path(folder) / "shard.tar")
+            path = brought(wanted.url, folder / "shard.tar")
             found = scan(path)
         except UserError as error:
             return Checked([Problem("unreadable", 0, str(error))], 0, 0)
@@ -52,10 +53,13 @@ def check_one(wanted: Wanted) -> Checked:
         problems = [found.problem] if found.problem is not None else []
         problems += samples.faults.values()
         problems += _remarks(found.members)
-        problems += _hashes(path, found.members, samples)
+        try:
+            problems += _hashes(path, found.members, samples)
+        except OSError as error:  # of a local one: it was read to its end a moment ago
+            problems.append(Problem("unreadable", 0, f"it cannot be read again ({error.strerror})"))
         if wanted.sidecar:
             try:
-                table = Table.open(_brought(wanted.sidecar, Path(folder) / "shard.idx"))
+                table = Table.open(brought(wanted.sidecar, folder / "shard.idx"))
             except UserError as error:
                 problems.append(Problem("sidecar", 0, str(error)))
             else:
@@ -63,7 +67,21 @@ def check_one(wanted: Wanted) -> Checked:
     return Checked(problems, len(samples.keys), found.bytes)
 
 
-def _brought(url: str, path: Path) -> Path:
+@contextmanager
+def temporary() -> Generator[Path]:
+    """A folder for what is remote; an OSError, also within, becomes a UserError that says what to do."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="medley-check-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the temporary folder {tempfile.tempdir or ''} ({error.strerror}): set TMPDIR "
+            "to one with room for a shard a worker, or give fewer --workers"
+        ) from error
+
+
+def brought(url: str, path: Path) -> Path:
+    """A local path, or that which a remote object was written to; raises as `fetch_to`."""
     if not is_remote(url):
         return Path(url)
     fetch_to(url, path, remote=Remote())

@@ -19,6 +19,7 @@ from datasets.shards.indexing import cores, indexed_as, shown_url
 from datasets.shards.manifest import Manifest
 from datasets.shards.opening import counted, is_manifest
 from datasets.shards.patterns import named
+from datasets.shards.repeats import repeats
 from datasets.shards.scan import Problem
 from datasets.shards.spread import spread
 
@@ -55,6 +56,7 @@ def _check(spec: str, out: Path | None, workers: int) -> int:
     problems = left_out
     for each, checked in zip(wanted, found, strict=True):
         problems += [(each.url, problem) for problem in checked.problems]
+    problems += repeats(wanted, sum(each.samples for each in found))
     if out is not None:
         _write(out, problems, found)
     _print(problems)

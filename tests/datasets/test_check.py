@@ -1,7 +1,9 @@
 """`python -m datasets.check`: each fault of a container, a sample or a name, with shard and offset."""
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -199,7 +201,7 @@ def test_damaged_and_missing_sidecars_missing_shards_and_those_left_out(indexed,
 
 def test_remote_shards_are_checked_against_local_or_remote_sidecars(fault_server, pack, checked, tmp_path):
     for number in range(2):
-        pack(fault_server.folder / f"{number}.tar", PAIRS[number:])
+        pack(fault_server.folder / f"{number}.tar", [(f"{number}{name}", data) for name, data in PAIRS])
     index_main([f"{fault_server.folder}/*.tar"])
     assert Manifest.load(fault_server.url("manifest.json"))[1].sidecar == fault_server.url("1.tar.idx")
     assert checked(fault_server.url("manifest.json"))[0] == 0
@@ -207,11 +209,30 @@ def test_remote_shards_are_checked_against_local_or_remote_sidecars(fault_server
     data = bytearray(path.read_bytes())
     data[513] ^= 1
     path.write_bytes(data)
-    assert checked(fault_server.url("manifest.json"))[2] == [("checksum", "1.tar", "0000", 512)]
+    assert checked(fault_server.url("manifest.json"))[2] == [("checksum", "1.tar", "10000", 512)]
     fault_server.always("1.tar", MISSING)
     code, out, found = checked(fault_server.url("manifest.json"))
     assert (code, found) == (1, [("unreadable", "1.tar", "", 0)])
     assert "404" in out
+
+
+def test_no_room_for_a_remote_shard_is_said(fault_server, pack, tmp_path, monkeypatch, capsys):
+    pack(fault_server.folder / "0.tar", PAIRS)
+    index_main([f"{fault_server.folder}/*.tar"])
+    capsys.readouterr()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for broken in ("datasets.shards.checking.fetch_to", "tempfile.TemporaryDirectory"):
+        with monkeypatch.context() as patched:
+            patched.setattr(broken, full)
+            assert main([fault_server.url("manifest.json")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: cannot write to the temporary folder {tmp_path} (No space left on dev")
+        assert "set TMPDIR" in err
+        assert err.count("\n") == 1
 
 
 def test_names_of_files_that_cannot_be_printed(tmp_path, pack, checked, capsys):
@@ -240,3 +261,14 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, pack, capsys, arguments,
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_keys_of_other_shards_are_remarked(indexed, tmp_path, pack, checked):
+    pack(tmp_path / "d/2.tar", [("own.txt", b"own"), *PAIRS[4:10]])
+    assert index_main([f"{tmp_path}/d/*.tar"]) == 0
+    code, out, found = checked(tmp_path / "d/manifest.json")
+    assert (code, found) == (1, [("repeated", "2.tar", "0002", 1536)])
+    assert (
+        f"2.tar at byte 1536, sample 0002: {indexed} has a sample of this key too, and 2 more of its keys in "
+        "that or others before it"
+    ) in out

@@ -254,7 +254,7 @@ def _set_aside(
         everyone = [[] for _ in range(training.ranks.world)]
         dist.all_gather_object(everyone, masked, group=training.ranks.group)
     all_masked = [one for each in everyone for one in each]
-    verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked))
+    verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked, stretch.stage.batch))
     if agreed.masked == stretch.stage.batch:
         one = all_masked[0]
         verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
@@ -264,13 +264,16 @@ def _set_aside(
     return Counter(one.fault.kind for one in all_masked)
 
 
-def _verdict(training: Training, masked: Sequence[Masked]) -> str | None:
-    """Put samples on the list and say so; the reason to stop, if there are too many."""
+def _verdict(training: Training, masked: Sequence[Masked], batch: int) -> str | None:
+    """Put a step's samples on the list and say so; the reason to stop, if there are too many with them."""
     assert training.quarantine is not None
     for sentence in training.quarantine.add(masked, step=training.standing.step):
         training.sink.note(sentence)
     standing = training.standing
-    return training.quarantine.verdict(samples=standing.samples, masked=sum(standing.masked.values()))
+    return training.quarantine.verdict(
+        samples=standing.samples + batch - standing.samples_before,
+        masked=sum(standing.masked.values()) + len(masked) - standing.masked_before,
+    )
 
 
 def _stop(reason: str) -> None:

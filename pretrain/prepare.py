@@ -22,7 +22,7 @@ from pretrain.lineage import changes, keep, known, unlike_kept
 from pretrain.optim import build_optimizer
 from pretrain.parallel import wrap
 from pretrain.precision import compute_for
-from pretrain.quarantine import Quarantine
+from pretrain.quarantine import Quarantine, put_away
 from pretrain.rundir import RunDir, open_run, record
 from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
@@ -56,12 +56,12 @@ def build(
         saved = found.load()
         before = Standing.of(saved.state)
         standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
-        changed = [*changed, *differing]
         restore(saved.tensors, pretrainer, optimizer)
     else:
-        changed = [*changed, *ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))]
+        differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
+    changed = [*changed, *differing]
     # Only now is it known that these budgets fit what was trained.
-    ranks.on_zero(lambda: _record(command, data, rundir))
+    ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 
     setting = Setting.of(run, data.feeds, ranks)
     training = Training(
@@ -115,6 +115,8 @@ def _resume(
 def _open_records(training: Training, data: Data, changed: Sequence[str], stack: ExitStack) -> None:
     """Open what rank zero writes beside training, and record this start."""
     run, rundir, ranks, standing = training.run, training.rundir, training.ranks, training.standing
+    if not rundir.quarantine.exists():
+        training.standing = standing.listing_anew()  # only rank zero judges, and saves
     training.quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
     stack.callback(training.quarantine.close)
     training.ledger = Ledger(rundir.ledger, ranks=ranks.world)
@@ -157,7 +159,9 @@ def claim(command: Command, stack: ExitStack) -> list[str]:
     return list(stack.enter_context(opened).changed)
 
 
-def _record(command: Command, data: Data, rundir: RunDir) -> None:
+def _record(command: Command, data: Data, rundir: RunDir, *, other_data: bool) -> None:
+    if other_data:
+        put_away(rundir.quarantine)
     record(rundir, runfile.dump(command.run), identity=runfile.identity(command.run))
     keep(data.feeds, rundir)
 

@@ -3,6 +3,9 @@
 RUN_DIR/quarantine.jsonl holds one JSON object for each sample, however often it is met: source, key, shard,
 offset, kind, reason, and the epoch, position and step of the first time; RUN_DIR/quarantine.txt says it for
 readers. Only rank zero writes. The slots were masked before: nothing here changes what is trained.
+
+The budgets count from where the list begins. It begins anew where the data were allowed to change (what stood
+there is kept as quarantine.1.jsonl, .2, ...: it is of other data), and where it was deleted.
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ _WORST = 20  # shards in the report
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many samples may be unusable before a run stops."""
+    """How many samples may be unusable before a run stops: a share, or 0, where the first stops it."""
 
     overall: float = 0.02
-    """Share of all samples read so far, once they are 1,000."""
+    """Share of the samples read since the list began, once they are 1,000 (at 0: of any)."""
     shard: float = 0.2
-    """Share of one shard's samples, once 10 of them are bad."""
+    """Share of one shard's samples, once 10 of them are bad (at 0: one)."""
 
     def check(self) -> None:
         """Refuse what is no share.
@@ -49,6 +52,19 @@ class Budget:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"--bad.{name} {value} is no share: give a number from 0 (none) to 1 (any)")
+
+
+def put_away(path: Path) -> None:
+    """Keep a list and its report under the next free number: the next one begins anew."""
+    if path.exists() and path.stat().st_size == 0:
+        path.unlink()
+        return
+    number = 1
+    while path.with_suffix(f".{number}{path.suffix}").exists():
+        number += 1
+    for each in (path, path.with_suffix(".txt")):
+        if each.exists():
+            each.rename(each.with_suffix(f".{number}{each.suffix}"))
 
 
 class Bad(Protocol):
@@ -100,6 +116,8 @@ class Quarantine:
         for line in content[:whole].splitlines():
             if (entry := _entry(line)) is not None:
                 self._remember(entry)
+        if not self._kinds:
+            self._report.unlink(missing_ok=True)  # of a list that was deleted
         self._changed = bool(self._kinds) and not self._report.exists()
 
     def add(self, masked: Iterable[Bad], *, step: int) -> list[str]:
@@ -140,19 +158,21 @@ class Quarantine:
         """Why the run should stop, in a sentence, if it loses too much.
 
         Args:
-            samples: slots of all steps so far.
+            samples: slots of all steps since the list began, this one included.
             masked: how many of them were masked; what is met again in each epoch counts again.
         """
         allowed = self._budget
-        if samples >= _WAIT and masked > allowed.overall * samples:
+        enough = samples >= _WAIT or allowed.overall == 0
+        if enough and masked > allowed.overall * samples:
             kind = next(iter(self.counts()), "")
             return (
                 f"{masked:,} of {samples:,} samples read so far cannot be used (mostly {kind}), more than "
                 f"--bad.overall {allowed.overall:g} allows: see {self._report}, mend the data or raise it"
             )
+        least = _LEAST if allowed.shard > 0 else 1
         for source, shard in self._met:
             found = self._shards[source, shard]
-            size = self._samples_of(source, shard) if found.bad >= _LEAST else None
+            size = self._samples_of(source, shard) if found.bad >= least else None
             if size is not None and found.bad > allowed.shard * size:
                 return (
                     f"{found.bad:,} of the {size:,} samples of {shard} in {source} cannot be used (the first"
@@ -228,10 +248,13 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 _WAY_OUT = """What can be done:
 
-* `python -m datasets.check SHARDS` reads every shard again and tells damage done since they were indexed
-  (checksum: fetch them again) from images and texts that were never right.
+* `python -m datasets.check SHARDS` reads every shard again and names those that are no whole tar file or are
+  not as they were indexed (fetch them again). It decodes nothing: what is whole and as it was indexed, but no
+  image or text, was never right, and only this list names it.
 * A shard that is mostly bad can be left out of the source: name the others.
 * If the loss is acceptable, allow it: --bad.shard (now {budget.shard:g}) for one shard, --bad.overall (now
   {budget.overall:g}) for all samples.
-* Once the data were mended, delete quarantine.jsonl: its counts are held against the budgets.
+* Once shards were mended, go on with --allow-changed (behind a manifest, index them again before): the list
+  begins anew and both budgets count from there. Where that brought back the very bytes that were indexed,
+  nothing has changed for the run: delete quarantine.jsonl instead, to the same effect.
 """

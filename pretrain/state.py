@@ -50,10 +50,18 @@ class Standing:
     """Where each source stands."""
     masked: Mapping[str, int] = field(default_factory=dict)
     """Samples that could not be read so far, counted each time, by kind."""
+    samples_before: int = 0
+    """Samples used before the present list of unusable ones began: budgets count from there."""
+    masked_before: int = 0
+    """How many of those could not be read."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+    def listing_anew(self) -> Standing:
+        """The same, where the list of unusable samples begins."""
+        return replace(self, samples_before=self.samples, masked_before=sum(self.masked.values()))
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Standing:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from datasets.errors import KINDS, Kind, UserError
 from datasets.sample import Fault
-from pretrain.quarantine import Budget, Quarantine
+from pretrain.quarantine import Budget, Quarantine, put_away
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,41 @@ def test_a_restart_does_not_get_round_the_budget_of_a_shard(tmp_path):
     assert again.verdict(samples=100, masked=1) is not None
 
 
+def test_a_budget_of_nothing_waits_for_nothing(tmp_path):
+    overall = opened(tmp_path, overall=0, shard=1)
+    shard = Quarantine(tmp_path / "other.jsonl", Budget(overall=1, shard=0), samples_of=lambda *_: 100)
+    assert overall.verdict(samples=8, masked=0) is None
+    for each in (overall, shard):
+        each.add([bad(3)], step=0)
+    assert "1 of 8 samples read so far" in (overall.verdict(samples=8, masked=1) or "")
+    assert "1 of the 100 samples of 00000.tar" in (shard.verdict(samples=8, masked=1) or "")
+
+
+def test_a_list_is_put_away_with_its_report_and_the_next_begins_with_nothing(tmp_path):
+    for number in range(2):
+        quarantine = opened(tmp_path, size=20)
+        quarantine.add([bad(n) for n in range(number, 12)], step=1)
+        quarantine.close()
+        put_away(tmp_path / "quarantine.jsonl")
+    opened(tmp_path).close()
+    put_away(tmp_path / "quarantine.jsonl")  # it is empty: there is nothing to keep
+    names = {"quarantine.1.jsonl", "quarantine.1.txt", "quarantine.2.jsonl", "quarantine.2.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert [len((tmp_path / f"quarantine.{n}.jsonl").read_text().splitlines()) for n in (1, 2)] == [12, 11]
+    again = opened(tmp_path, size=20)
+    again.add([bad(3)], step=2)
+    assert again.verdict(samples=100, masked=1) is None
+
+
+def test_the_report_of_a_list_that_was_deleted_goes(tmp_path):
+    quarantine = opened(tmp_path)
+    quarantine.add([bad(1)], step=1)
+    quarantine.close()
+    (tmp_path / "quarantine.jsonl").unlink()
+    opened(tmp_path).close()
+    assert not (tmp_path / "quarantine.txt").exists()
+
+
 @pytest.mark.parametrize("size", [None, 9])
 def test_few_bad_samples_or_no_shard_are_no_reason_to_stop(tmp_path, size):
     quarantine = opened(tmp_path, size=size)
@@ -163,7 +198,11 @@ def test_report_says_what_where_and_what_to_do(tmp_path):
     assert "37 of 100 (37.0%)  worse.tar in web, the first at byte 1536" in text
     assert text.index("worse.tar in web") < text.index("better.tar in web")
     assert "worse.tar/000003 at byte 1536: truncated 3" in text
-    for way_out in ("python -m datasets.check", "--bad.shard (now 0.2)", "--bad.overall (now\n  0.02)"):
+    ways_out = (
+        "python -m datasets.check", "--bad.shard (now 0.2)", "--bad.overall (now\n  0.02)",
+        "go on with --allow-changed", "delete quarantine.jsonl",
+    )  # fmt: skip
+    for way_out in ways_out:
         assert way_out in text
 
 

@@ -95,11 +95,6 @@ class Store:
         for run in range((start + first) // RUN, (start + last - 1) // RUN + 1):
             self._ahead.put((number, run))
 
-    @property
-    def fetching(self) -> int:
-        """Runs that are being fetched ahead, or wait for it."""
-        return len(self._ahead)
-
     def close(self) -> None:
         """Close all files, and end what is being fetched: a reader that waits for it gets a ShardError."""
         with self._lock:

@@ -200,7 +200,7 @@ def test_tables_used_longest_ago_are_forgotten(tmp_path, make_shards, monkeypatc
 def test_prefetch_of_local_shards_is_nothing(tmp_path, make_shards):
     store = Store(make_shards(tmp_path))
     store.prefetch(0, 0, 130)
-    assert store.fetching == 0
+    assert len(store._ahead) == 0
 
 
 def test_the_limit_follows_the_machine():

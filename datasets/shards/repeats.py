@@ -12,7 +12,7 @@ from datasets.shards.indexing import shown_url
 from datasets.shards.scan import Problem
 from datasets.shards.sidecar import Table
 
-_AT_ONCE = 1 << 24  # samples, of some 60 bytes each: of more, a share of all hashes is looked at at a time
+_AT_ONCE = 1 << 24  # samples, of some 75 bytes each: of more, a share of all hashes is looked at at a time
 
 
 def repeats(wanted: list[Wanted], samples: int) -> Iterator[tuple[str, Problem]]:

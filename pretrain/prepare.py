@@ -59,7 +59,7 @@ def build(
         restore(saved.tensors, pretrainer, optimizer)
     else:
         differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
-    changed = [*changed, *differing]
+    changed = list(dict.fromkeys([*changed, *differing]))
     # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 

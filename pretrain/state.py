@@ -108,8 +108,8 @@ class Standing:
         if shift != before.shift and not allowed:
             raise UserError(_ELSEWHERE.format(before.step, before.samples))
         accounts = {name: before.accounts.get(name, Account()) for name in self.data}
-        if self.data.keys() != before.data.keys():
-            # What is owed adds up to nothing among the sources of then, not among those of now.
+        if allowed:
+            # What is owed adds up to nothing among the sources of then, in parts of the lanes of then.
             accounts = {name: Account(account.position) for name, account in accounts.items()}
         return replace(before, data=self.data, order=self.order, accounts=accounts, shift=shift)
 

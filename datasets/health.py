@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
@@ -48,23 +46,14 @@ class Meter:
             if reason:
                 self._reasons[name] = reason
 
-    @contextmanager
-    def timed(self, name: str, what: str = "") -> Generator[None]:
-        """Time what stands below, also when it raises.
+    def timed(self, name: str, what: str = "") -> Timed:
+        """A context that times what stands in it, also when it raises.
 
         Args:
             name: what is done.
             what: to which shard or sample, for as long as it takes.
         """
-        start, token = perf_counter(), object()
-        with self._lock:
-            self._running[token] = name, what, start
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._running[token]
-            self.record(name, perf_counter() - start)
+        return Timed(self, name, what)
 
     def record(self, name: str, seconds: float) -> None:
         """Add one latency, in seconds."""
@@ -73,12 +62,20 @@ class Meter:
             self._totals[f"{name}_seconds"] += seconds
             self._latencies[name][bucket] += 1
 
+    def begin(self, timed: Timed) -> None:
+        """Something is under way."""
+        self._running[timed] = timed.name, timed.what, timed.start  # one assignment needs no lock
+
+    def end(self, timed: Timed) -> None:
+        """It is done."""
+        del self._running[timed]
+        self.record(timed.name, perf_counter() - timed.start)
+
     def running(self) -> list[Running]:
         """What is under way, longest first."""
         now = perf_counter()
-        with self._lock:
-            # In the order in which they began.
-            return [Running(name, what, now - start) for name, what, start in self._running.values()]
+        # In the order in which they began; a copy is made at once.
+        return [Running(name, what, now - start) for name, what, start in list(self._running.values())]
 
     def told(self, name: str) -> tuple[float, str]:
         """The total of a name since it was taken, which goes on, and the last reason given for it, if any."""
@@ -102,6 +99,22 @@ class Meter:
                 taken[f"{name}_p{percent}"] = _percentile(buckets, percent / 100)
             taken[f"{name}_max"] = _middle(max(buckets))
         return taken
+
+
+class Timed:
+    """What `Meter.timed` gives: a class, because this is entered several times for every sample."""
+
+    __slots__ = ("_meter", "name", "start", "what")
+
+    def __init__(self, meter: Meter, name: str, what: str) -> None:
+        self._meter, self.name, self.what, self.start = meter, name, what, 0.0
+
+    def __enter__(self) -> None:
+        self.start = perf_counter()
+        self._meter.begin(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.end(self)
 
 
 def _percentile(buckets: Counter[int], share: float) -> float:

@@ -4,7 +4,7 @@ RUN_DIR/
     run.yaml        the resolved run; its first line is a comment with the identity
     lock            held, with the process's id inside, while it trains
     metrics.jsonl   ledger   starts.jsonl   tokenizer.json   threads
-    quarantine.jsonl   manifests/
+    quarantine.jsonl   quarantine.txt   quarantine.N.jsonl   manifests/
     checkpoints/   plots/   samples/   evaluations/   wandb/   report.html
 """
 

@@ -18,7 +18,7 @@ from datasets.remote.fetch import Remote, fetch_to, is_remote, shown, size_of
 from datasets.shards import sidecar
 from datasets.shards.grouping import group, printable
 from datasets.shards.scan import Problem, scan
-from datasets.shards.sidecar import MAGIC, Head
+from datasets.shards.sidecar import Head
 
 
 class Job(NamedTuple):
@@ -52,7 +52,12 @@ def standing(path: str) -> tuple[str, Head | None]:
     for place in (beside, cached):
         if (head := valid(Path(place), path)) is not None:
             return place, head
-    return (beside if _is_ours(Path(beside)) else cached), None
+    return cached, None  # what a person had written beside a shard is not replaced by the way
+
+
+def promised(path: str) -> Head | None:
+    """The header of the sidecar beside a local shard, whether the shard is still that one or not."""
+    return _read(Path(_places(path)[0]))
 
 
 def indexed_as(name: str) -> str:
@@ -143,16 +148,6 @@ def _read(path: Path) -> Head | None:
         return Head.read(path)
     except UserError:
         return None
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a sidecar of ours stands there and can be replaced; other programs call files .idx too."""
-    try:
-        with path.open("rb") as file:
-            writable = path.parent.stat().st_mode & 0o222 and os.access(path.parent, os.W_OK)
-            return bool(writable) and file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
 
 
 @contextmanager

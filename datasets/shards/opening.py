@@ -10,7 +10,7 @@ from time import monotonic
 from datasets.errors import UserError
 from datasets.remote.fetch import is_remote
 from datasets.shards.grouping import printable
-from datasets.shards.indexing import Job, Outcome, cores, index_one, shown_url, standing
+from datasets.shards.indexing import Job, Outcome, cores, index_one, promised, shown_url, standing
 from datasets.shards.manifest import Manifest, Shard
 from datasets.shards.scan import scan
 from datasets.shards.sidecar import Head
@@ -38,6 +38,13 @@ def shards(names: list[str], say: Callable[[str], None] | None) -> Iterator[Shar
     heads = {name: head for name, (_, head) in found.items() if head is not None}
     if jobs:
         heads |= _indexed(jobs, say)
+    for name in local:
+        told = promised(name)
+        if told is not None and told.digest != heads[name].digest:
+            raise UserError(
+                f"{name} has other content than when it was indexed: put back what it was, or index it again "
+                "with `python -m datasets.index`"
+            )
     for name in names:
         if is_manifest(name):
             yield from Manifest.load(name)
@@ -73,7 +80,7 @@ def damaged(outcomes: list[Outcome]) -> str:
     which = "a shard is" if len(found) == 1 else f"{len(found)} shards are"
     return (
         f"{which} damaged: {', '.join(found[:_FEW])}{more}; fetch or pack again, or leave out with "
-        "`python -m datasets.index ... --without-damaged`"
+        "`python -m datasets.index ... --without-damaged` and name the manifest.json that it writes"
     )
 
 

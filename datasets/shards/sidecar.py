@@ -39,6 +39,7 @@ BLOCK = 64
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
 """What the system says where no more files can be open."""
 _VERSION = 2
+_KEPT = 16  # blocks: a small shard's are all at hand, and a large one's are few
 _HEAD = Struct("<8s I I Q Q 16s Q Q I")  # see Head; the last: CRC-32 of header and ends
 _PLACE = Struct("<QII")
 _FAULT = Struct("<BI")
@@ -143,7 +144,7 @@ class Table:
         self._ends = np.frombuffer(ends, "<u4")
         if not _rising(self._ends, body):
             raise self._damaged()
-        self._last: tuple[int, bytes] | None = None
+        self._blocks: dict[int, bytes] = {}
 
     @classmethod
     def open(cls, path: Path) -> Table:
@@ -230,14 +231,16 @@ class Table:
 
     def _block(self, number: int) -> bytes:
         """The bytes of a block, proved by its checksum."""
-        last = self._last
-        if last is not None and last[0] == number:
-            return last[1]
+        kept = self._blocks.get(number)
+        if kept is not None:
+            return kept
         begin = int(self._ends[number - 1]) if number else 0
         data = self._read(self.head.first + begin, int(self._ends[number]) - begin)
         if len(data) < 4 or crc32(data[4:]) != int.from_bytes(data[:4], "little"):
             raise self._damaged()
-        self._last = number, data
+        if len(self._blocks) >= _KEPT:
+            self._blocks = {}
+        self._blocks[number] = data
         return data
 
     def _place(self, data: bytes, at: int) -> Place | None:

@@ -149,8 +149,7 @@ class Store:
                 self._meter.add("retry", reason=reason)
                 time.sleep(pause)
             try:
-                with self._files.lend(number) as descriptor:
-                    data = os.pread(descriptor, place.size, place.offset)
+                data = self._files.read(number, place.size, place.offset)
                 if len(data) == place.size:
                     return data
                 reason = "it ends too early"

@@ -31,7 +31,12 @@ def facts(run: RunData) -> dict[str, Child]:
         found["Time left"] = duration(left)
     if isinstance(run.config.get("objectives"), dict):
         found["Objectives"] = ", ".join(map(str, run.config["objectives"]))
-    found["Data"] = str(run.config.get("data"))
+    sources = run.config.get("sources")
+    if isinstance(sources, dict):
+        found["Data"] = ", ".join(
+            f"{name}: {each.get('data')} as {each.get('holds')}" if isinstance(each, dict) else str(name)
+            for name, each in sources.items()
+        )
     if run.starts:
         ranks, device = run.starts[-1].ranks, run.starts[-1].device
         found["Trained on"] = f"{device}, {ranks} process{'es' if ranks > 1 else ''}"

@@ -237,19 +237,25 @@ def test_local_shards_are_indexed_on_first_use_and_not_again(tmp_path, pack, mon
     assert (again.fingerprint, len(said)) == (first.fingerprint, 2)
 
 
-def test_a_shard_that_changed_is_indexed_again_where_its_sidecar_stands(tmp_path, pack):
+def test_a_shard_that_changed_under_its_sidecar_is_refused(tmp_path, pack):
+    """Whoever wrote a sidecar beside a shard said what it holds; what was indexed by the way says less."""
     path = pack(tmp_path / "d/0.tar", FOUR)
     beside = tmp_path / "d/0.tar.idx"
     before = open_manifest(str(path))
     Path(before[0].sidecar).rename(beside)
     assert open_manifest(str(path))[0].sidecar == str(beside)
+    told = beside.read_bytes()
+    os.utime(path)
+    assert open_manifest(str(path)).fingerprint == before.fingerprint  # touched, and the same
     pack(path, [*FOUR, ("c.txt", b"more")])
-    after = open_manifest(str(path))
-    assert (after[0].sidecar, after.size) == (str(beside), 3)
-    assert before.difference(after) == "0.tar (samples 2 then, 3 now)"
+    for _ in range(2):  # also when it has been looked at already
+        with pytest.raises(UserError, match=r"0\.tar has other content than when it was indexed: put back"):
+            open_manifest(str(path))
+    assert beside.read_bytes() == told
     beside.write_bytes(b"another program's")
-    kept = open_manifest(str(path))
-    assert kept[0].sidecar.startswith(str(cache_folder()))
+    after = open_manifest(str(path))
+    assert before.difference(after) == "0.tar (samples 2 then, 3 now)"
+    assert after[0].sidecar.startswith(str(cache_folder()))
     assert beside.read_bytes() == b"another program's"
 
 

@@ -13,7 +13,8 @@ from pretrain import launch
 
 TINY = (
     "--objectives itc --stages.one.steps 10 --stages.one.batch 16 --stages.one.resolution 16 "
-    "--vocabulary 300 --model.embed 16 --model.text.width 16 --model.text.layers 1 --loader-threads 2 --precision.threads 1 "
+    "--vocabulary 300 "
+    "--model.embed 16 --model.text.width 16 --model.text.layers 1 --loader-threads 2 --precision.threads 1 "
     "--wandb.mode disabled --remote.stall 0.5"
 )
 FOR_A_WHILE = (

@@ -36,7 +36,8 @@ def watch(event, arguments):
 
 from concurrent.futures import ThreadPoolExecutor
 import encodings.idna, encodings.ascii
-import datasets.check, datasets.shards.checking, datasets.index, datasets.shards.opening, datasets.shards.spread
+import datasets.check, datasets.index
+import datasets.shards.checking, datasets.shards.opening, datasets.shards.spread
 from datasets.shards.manifest import Manifest, open_manifest
 from datasets.shards.sidecar import Table
 

@@ -277,7 +277,7 @@ def test_too_little_data_is_refused_before_anything_is_written(tmp_path, capsys,
     scenes = Scenes(size=5)
     monkeypatch.setattr(sources, "open_source", lambda *_, **__: scenes)
     assert launch.main(command(tmp_path / "run")) == launch.USER_ERROR
-    assert "scenes has 5 samples, too few for one batch of 8" in capsys.readouterr().err
+    assert "scenes has 5 samples, too few for one batch that takes 8" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

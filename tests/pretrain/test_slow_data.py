@@ -7,6 +7,7 @@ import pytest
 
 from datasets import index
 from datasets.loader import Loader
+from datasets.shards import tars
 from datasets.testing import FaultServer, Misstep
 from datasets.tokens import TrainedBPE
 from pretrain import health as health_module
@@ -28,6 +29,7 @@ def served(tmp_path, write_shard, monkeypatch):
     monkeypatch.setattr(loop, "Loader", partial(Loader, patience=0.05))
     monkeypatch.setattr(health_module, "Bounds", partial(Bounds, steps=4, seconds=0.01))
     monkeypatch.setattr(launch, "show", lambda training: None)
+    monkeypatch.setattr(tars, "_GLANCE_FAR", 1)  # what is held back is meant for training, not for opening
     folder = tmp_path / "served"
     folder.mkdir()
     for number in range(8):

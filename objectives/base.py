@@ -1,6 +1,7 @@
 """What an objective is: the passes it reads, the units it counts, and the sum it returns.
 
-B images, N texts, T tokens, P image tokens, D embedding width, Dv Dt token widths, V vocabulary.
+B images, N texts, T tokens, M pairs of an image and a text, P image tokens, D embedding width,
+Dv Dt token widths, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 View = Literal["clean", "masked", "dropped", "weak", "strong", "momentum", "teacher", "none"]
-What = Literal["image", "image_tokens", "text", "text_tokens", "decoded"]
-Tower = Literal["image", "text", "captioner"]
+What = Literal["image", "image_tokens", "text", "text_tokens", "decoded", "fused"]
+Tower = Literal["image", "text", "captioner", "fusion"]
 
 VOCABULARY: dict[What, tuple[Tower, str]] = {
     "image": ("image", "(B, D) unit norm: one embedding of each image"),
@@ -32,6 +33,7 @@ VOCABULARY: dict[What, tuple[Tower, str]] = {
         "captioner",
         "(N, T-1, Dt): states that predict tokens 1..T-1 from earlier ones and the image",
     ),
+    "fused": ("fusion", "(M, Dt): of each pair that is asked for, the state that has read text and image"),
 }
 """Everything the encoders can say: the tower that says it, and its shape."""
 
@@ -55,6 +57,25 @@ IMAGE_TOKENS = Pass("image_tokens", text="none")
 TEXT = Pass("text", image="none")
 TEXT_TOKENS = Pass("text_tokens", image="none")
 DECODED = Pass("decoded")
+FUSED = Pass("fused")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Images and texts to be read together. The images are of this micro-batch, the texts of any rank's.
+
+    A text travels to the image that it is read with, not the image to the text: its ids are some hundred
+    bytes, the tokens of an image some hundred thousand, and ids have no gradient to send back.
+    """
+
+    image: Tensor
+    """(M,) int64: places of the images among this micro-batch's."""
+    tokens: Tensor
+    """(M, T) int64: the ids of the text beside each; T is that of the longest."""
+    text_length: Tensor
+    """(M,) int64"""
+    matched: Tensor
+    """(M,) bool: whether the two belong together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +116,10 @@ class Encodings(Protocol):
 
     def __getitem__(self, wanted: Pass) -> Tensor:
         """The tensor of a pass, with the shape that VOCABULARY gives."""
+        ...
+
+    def fused(self, pairs: Pairs) -> Tensor:
+        """(M, Dt) the states of FUSED, of the pairs that are asked for; a run of its own at each call."""
         ...
 
     def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,16 @@ class Pairs:
     matched: Tensor
     """(M,) bool: whether the two belong together."""
 
+    def of_images(self, first: int, last: int) -> Pairs:
+        """Those whose image has a place in first..last-1, counted from there."""
+        here = (self.image >= first) & (self.image < last)
+        return Pairs(
+            image=self.image[here] - first,
+            tokens=self.tokens[here],
+            text_length=self.text_length[here],
+            matched=self.matched[here],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -102,6 +112,8 @@ class Widths:
     """V"""
     temperature: bool
     """Whether the model lends this objective its own logit scale and bias; at most one gets them."""
+    contrast: bool
+    """Whether another objective trains the embeddings of images and texts, so that they can be compared."""
 
 
 class Encodings(Protocol):
@@ -109,10 +121,18 @@ class Encodings(Protocol):
 
     group: ProcessGroup | None
     """The ranks that share the global batch; None for one process."""
-    logit_scale: Tensor
-    """(1,) the model's own log temperature."""
-    logit_bias: Tensor | None
-    """(1,) the model's own bias."""
+    key: tuple[int, ...]
+    """Of this step, the same on every rank: what an objective draws at random is drawn by it."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,) the model's own log temperature."""
+        ...
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """(1,) the model's own bias."""
+        ...
 
     def __getitem__(self, wanted: Pass) -> Tensor:
         """The tensor of a pass, with the shape that VOCABULARY gives."""
@@ -173,6 +193,13 @@ class Objective(nn.Module, ABC):
     """What it reads; checked against the model before any work."""
     coupled: tuple[Pass, ...] = ()
     """The passes through which the samples of a batch see each other."""
+    draws: ClassVar[bool] = False
+    """Whether it reads pairs that it draws out of the whole global batch (`draw`)."""
+
+    @property
+    def couples(self) -> bool:
+        """Whether the samples of a batch see each other."""
+        return self.draws or bool(self.coupled)
 
     @abstractmethod
     def denominator(self, batch: Batch) -> Tensor:
@@ -180,7 +207,17 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, encodings: Encodings, batch: Batch) -> Terms:
-        """The sum of this objective over this micro-batch's units."""
+        """The sum of this objective over this micro-batch's units.
+
+        One that draws takes `pairs` as a third argument: those of this micro-batch.
+        """
+
+    def draw(self, encodings: Encodings, batch: Batch) -> Pairs:
+        """The pairs to be read with this batch's images; the same whatever the ranks and micro-batches.
+
+        Called once a step and circle, without gradient, with all of this rank's micro-batches as one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no pairs")
 
     def clamp(self) -> None:
         """Bring parameters back into their range after an optimizer step, outside the graph."""

@@ -13,11 +13,11 @@ from datasets.sources import SourceConfig
 from datasets.views import Augment
 from datasets.weights import weight_at
 from objectives.base import Objective
+from pretrain.coupled import Pool
 from pretrain.optim import Optim
 from pretrain.precision import Precision
 from pretrain.quarantine import Budget
 from pretrain.sinks.mirrored import Wandb
-from pretrain.step import Pool
 from pretrain.zoo.models import ModelConfig
 
 

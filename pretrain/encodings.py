@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from datasets.batch import Batch
-from objectives.base import Pass, What
+from objectives.base import FUSED, IMAGE_TOKENS, Pairs, Pass, What
 from pretrain.zoo.dual import Dual, Run
 
 
@@ -26,7 +26,8 @@ class ModelEncodings:
         batch: Batch,
         *,
         group: ProcessGroup | None,
-        seed: tuple[int, ...],
+        key: tuple[int, ...],
+        piece: tuple[int, ...] = (),
         given: Mapping[Pass, Tensor] | None = None,
     ) -> None:
         """Nothing is run yet.
@@ -35,11 +36,13 @@ class ModelEncodings:
             model: the encoders.
             batch: what they encode.
             group: the ranks that share the global batch.
-            seed: key of this micro-batch's randomness inside the towers.
+            key: of this step, the same on every rank.
+            piece: which micro-batch it is; with the key, that of the towers' own randomness.
             given: passes that are known already: those of the whole step, for a coupled objective.
         """
         self.group = group
-        self._seed = seed
+        self.key = key
+        self._seed = (*key, *piece)
         self._model = model
         self._batch = batch
         self._given = given or {}
@@ -62,6 +65,12 @@ class ModelEncodings:
         if wanted.run not in self._runs:
             self._runs[wanted.run] = self._encode(wanted.run)
         return self._runs[wanted.run][wanted.what]
+
+    def fused(self, pairs: Pairs) -> Tensor:
+        """(M, Dt) states that have read text and image; see `objectives.base.Encodings`."""
+        image_tokens = self[IMAGE_TOKENS]
+        _seed_tower((*self._seed, *FUSED.run))
+        return self._model.encode_fused(image_tokens, pairs)
 
     def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
         """() sum of cross-entropies and () count of hits; see `objectives.base.Encodings`."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
-from statistics import mean
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from datasets.batch import Batch
@@ -22,15 +19,14 @@ from datasets.errors import UserError
 from datasets.loader import Loader, Masked, Portion
 from datasets.weights import weight_at
 from objectives.gather import count_rows
-from pretrain import checkpoint
-from pretrain.clock import peak_memory
 from pretrain.curriculum import Stretch
 from pretrain.distributed import Ranks
 from pretrain.evaluate import during
 from pretrain.optim import set_rate
 from pretrain.preempt import Preemption
-from pretrain.state import capture
-from pretrain.step import Agreed, StepReport, agree, backward, train_step
+from pretrain.reports import report
+from pretrain.saving import save
+from pretrain.step import Agreed, agree, backward, train_step
 from pretrain.training import Training
 
 
@@ -46,9 +42,9 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 with training.clock.waiting(cold=step == first):
                     portion = next(portions)
                 batches = [batch.to(training.ranks.device) for batch in portion.batches]
-                stop, masked = preemption.requested is not None, len(portion.masked)
-                agreed = agree(training.wrapped, batches, training.ranks, stop=stop, masked=masked)
-                if agreed.stop:
+                asking = {"stop": float(preemption.requested is not None), "masked": len(portion.masked)}
+                agreed = agree(training.setup, batches, asking=asking)
+                if agreed.sums["stop"]:
                     save(training)
                     return "interrupted"
                 faults = _set_aside(training, portion.masked, agreed, stretch)
@@ -92,12 +88,9 @@ def rehearsal(training: Training) -> Callable[[], None]:
 
     def step() -> None:
         batches = first_batches()
-        counts = agree(training.wrapped, batches, training.ranks, stop=False, masked=0).counts
+        counts = agree(training.setup, batches).counts
         factors = {name: 1.0 / count.clamp(min=1) for name, count in counts.items()}
-        run = training.run
-        backward(
-            training.wrapped, batches, factors, compute=training.compute, seed=(run.seed,), pool=run.pool
-        )
+        backward(training.setup, batches, factors, key=(training.run.seed, 0))
         training.optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -128,17 +121,13 @@ def _one_step(
     run, stage, ranks, step = training.run, stretch.stage, training.ranks, portion.step
     set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
     done = train_step(
-        training.wrapped,
+        training.setup,
         batches,
         training.optimizer,
         counts=agreed.counts,
         weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
-        clip=stage.optim.clip,
-        compute=training.compute,
-        ranks=ranks,
-        seed=run.seed,
-        step=step,
-        pool=run.pool,
+        largest_norm=stage.optim.clip,
+        key=(run.seed, step),
     )
     training.pending.append((step + 1, _sample_ids(batches, ranks), done))
 
@@ -156,86 +145,12 @@ def _advance(training: Training, stretch: Stretch, portion: Portion, faults: Cou
     training.clock.step(stretch.stage.batch)
 
 
-def report(training: Training, stretch: Stretch) -> None:
-    """Read the pending numbers from the device, write the ledger, and tell the sinks their mean.
-
-    Raises:
-        UserError: a loss or gradient norm is not finite; nothing of it was saved.
-    """
-    pending, training.pending = training.pending, []
-    for step, samples, done in pending:
-        loss, norm = float(done.values["loss"]), float(done.norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before a "
-                f"checkpoint of it is written: try a lower --stages.{stretch.name}.optim.lr and another --out"
-            )
-        if training.ledger is not None:
-            alarm = training.ledger.record(step, [f"{i:x}" for i in samples.tolist()], loss=loss, norm=norm)
-            if alarm is not None:
-                training.sink.note(f"warning: {alarm}")
-    if not pending:
-        return
-    step = pending[-1][0]
-    standing = training.standing
-    left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
-    reading = training.clock.read(remaining=left)
-    data, warning = training.health.report(reading, standing.accounts)
-    if warning is not None:
-        training.sink.note(warning)
-    training.sink.step(
-        step,
-        {
-            "samples": standing.samples,
-            **_means(pending),
-            "train/lr": training.optimizer.param_groups[0]["lr"],
-            "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
-            "perf/samples_per_second": reading.samples_per_second,
-            "perf/seconds_left": reading.seconds_left,
-            "perf/step_seconds_p50": reading.step_seconds_p50,
-            "perf/step_seconds_p99": reading.step_seconds_p99,
-            "perf/memory_gib": peak_memory(training.ranks.device),
-            "perf/restarts": training.starts.restarts,
-            "perf/lost_steps": training.starts.lost_steps,
-            **data,
-            "data/masked": sum(standing.masked.values()),
-            **{f"data/masked/{kind}": count for kind, count in standing.masked.items()},
-        },
-    )
-
-
 def _tell(training: Training, sentence: str) -> None:
     """Say it where it is heard, at a time of this rank's own."""
     if training.ranks.zero:
         training.sink.note(sentence)
     else:
         sys.stderr.write(f"rank {training.ranks.rank}: {sentence}\n")
-
-
-def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:
-    """Each value over the steps that have one: not every step of a mixture feeds an objective or a tower."""
-    values: dict[str, list[float]] = {}
-    for _, _, done in pending:
-        losses = {f"train/{at}": value for at, value in done.values.items()}
-        norms = {f"model/gradient_norm/{tower}": norm for tower, norm in done.norms.items()}
-        for at, value in {**losses, "model/gradient_norm": done.norm, **norms}.items():
-            values.setdefault(at, []).append(float(value))
-    return {at: mean(each) for at, each in values.items()}
-
-
-def save(training: Training) -> None:
-    """Bring everything that is known to the disk: ledger first, then the checkpoint it belongs to."""
-    report(training, training.curriculum.stretch_of(max(0, training.standing.step - 1)))
-    if training.ranks.zero:
-        with training.clock.pause():
-            for file in (training.ledger, training.quarantine):
-                if file is not None:
-                    file.flush()
-            folder, step = training.rundir.checkpoints, training.standing.step
-            tensors = capture(training.pretrainer, training.optimizer)
-            checkpoint.save(folder, step, tensors, training.standing.plain())
-            checkpoint.prune(folder, keep=training.run.cadence.keep)
-    training.ranks.wait()
 
 
 def _set_aside(
@@ -247,15 +162,11 @@ def _set_aside(
         UserError: there are more than the budgets allow, or not one of the step can be read. What was
             trained is saved.
     """
-    if agreed.masked == 0:
+    if agreed.sums["masked"] == 0:
         return Counter()
-    everyone: list[Sequence[Masked]] = [masked]
-    if training.ranks.group is not None:
-        everyone = [[] for _ in range(training.ranks.world)]
-        dist.all_gather_object(everyone, masked, group=training.ranks.group)
-    all_masked = [one for each in everyone for one in each]
+    all_masked = [one for each in training.ranks.gather_objects(masked) for one in each]
     verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked, stretch.stage.batch))
-    if agreed.masked == stretch.stage.batch:
+    if agreed.sums["masked"] == stretch.stage.batch:
         one = all_masked[0]
         verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
     if verdict is not None:

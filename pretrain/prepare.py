@@ -30,6 +30,7 @@ from pretrain.sinks.jsonl import JsonLines
 from pretrain.sinks.mirrored import Mirrored
 from pretrain.starts import record_start
 from pretrain.state import Standing, restore
+from pretrain.step import Setup
 from pretrain.training import Training
 
 
@@ -70,10 +71,9 @@ def build(
         val=data.val,
         tokenizer=tokenizer,
         pretrainer=pretrainer,
-        wrapped=wrap(pretrainer, ranks),
+        setup=Setup(wrapped=wrap(pretrainer, ranks), compute=compute, pool=run.pool),
         optimizer=optimizer,
         curriculum=curriculum,
-        compute=compute,
         ranks=ranks,
         rundir=rundir,
         standing=standing,

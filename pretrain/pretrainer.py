@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from datasets.batch import Batch
-from objectives.base import Objective, Pass, Terms
+from objectives.base import Objective, Pairs, Pass, Terms
 from pretrain.encodings import ModelEncodings
 from pretrain.zoo.dual import Dual, check_served
 
@@ -25,14 +26,27 @@ couple: coupled objectives on the encodings of several micro-batches together.
 push: objectives to which this micro-batch alone is the truth, and the gradients that `couple` gave."""
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What a phase says."""
+class Outcome(NamedTuple):
+    """What `push` says. A tuple, because wrappers look for tensors in tuples."""
 
     total: Tensor
     """() to call backward on: already weighted, already divided by the global counts."""
     terms: dict[str, Terms]
     """Each objective's raw sums."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupling:
+    """What `couple` says. Nothing of it has a graph."""
+
+    terms: dict[str, Terms]
+    """The raw sums of each objective that has said everything."""
+    gradients: dict[Pass, Tensor]
+    """At the encodings."""
+    pull: dict[str, Tensor]
+    """At parameters of coupled objectives' own, by name."""
+    pairs: dict[str, Pairs]
+    """What each objective that draws has drawn."""
 
 
 class Pretrainer(nn.Module):
@@ -87,10 +101,12 @@ class Pretrainer(nn.Module):
         phase: Phase,
         names: Sequence[str],
         factors: Mapping[str, Tensor],
-        seed: tuple[int, ...],
+        key: tuple[int, ...],
+        piece: tuple[int, ...] = (),
         given: Mapping[Pass, Tensor] | None = None,
+        pairs: Mapping[str, Pairs] | None = None,
         pull: Mapping[str, Tensor] | None = None,
-    ) -> Outcome | dict[Pass, Tensor]:
+    ) -> Outcome | Coupling | dict[Pass, Tensor]:
         """One phase over one micro-batch.
 
         Args:
@@ -98,38 +114,80 @@ class Pretrainer(nn.Module):
             phase: see Phase.
             names: the objectives it is about.
             factors: () weight / global count of each objective.
-            seed: key of this micro-batch's dropout and its like.
+            key: of this step, the same on every rank.
+            piece: which micro-batch of the step it is; with the key, that of its dropout and its like.
             given: of `couple`, the encodings of the joined batches; of `push`, their gradients for this
                 micro-batch.
+            pairs: of `push`, what objectives that draw have drawn for this micro-batch; what is not there
+                is drawn from this micro-batch alone.
             pull: of `push`, once a step: the gradients that `couple` gave to parameters of its own, by name.
 
         Returns:
-            Of `encode`, the coupled passes; otherwise what to call backward on and the raw sums.
+            Of `encode`, the coupled passes; of `couple`, a Coupling; of `push`, an Outcome.
         """
+        encodings = ModelEncodings(
+            self.model,
+            batch,
+            group=self.group,
+            key=key,
+            piece=piece,
+            given=given if phase == "couple" else None,
+        )
         if phase == "encode":
-            encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
             return {wanted: encodings[wanted] for wanted in self.coupled(names)}
         if phase == "couple":
-            encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed, given=given)
-            return self._sum(encodings, batch, factors, names)
-        encodings = ModelEncodings(self.model, batch, group=self.group, seed=seed)
-        outcome = self._sum(encodings, batch, factors, names)
+            return self._couple(encodings, batch, names, factors)
+        terms = {name: self._say(name, encodings, batch, (pairs or {}).get(name)) for name in names}
+        total = self._weighted(terms, factors)
         # A term whose gradient is the known one: the wrapper sees every parameter inside its forward.
         for wanted, gradient in (given or {}).items():
-            outcome.total = outcome.total + (encodings[wanted] * gradient).sum()
+            total = total + (encodings[wanted] * gradient).sum()
         parameters = dict(self.coupled_parameters())
         for name, gradient in (pull or {}).items():
-            outcome.total = outcome.total + (parameters[name] * gradient).sum()
-        return outcome
+            total = total + (parameters[name] * gradient).sum()
+        return Outcome(total, terms)
 
-    def _sum(
-        self, encodings: ModelEncodings, batch: Batch, factors: Mapping[str, Tensor], names: Sequence[str]
-    ) -> Outcome:
-        terms = {name: self.objectives[name](encodings, batch) for name in names}
+    def _couple(
+        self,
+        encodings: ModelEncodings,
+        batch: Batch,
+        names: Sequence[str],
+        factors: Mapping[str, Tensor],
+    ) -> Coupling:
+        # The gradients are taken here, because a wrapper may lend whole parameters only inside forward.
+        pairs = {name: self.objectives[name].draw(encodings, batch) for name in names if self._draws(name)}
+        leaves = {wanted: encodings[wanted].requires_grad_() for wanted in self.coupled(names)}
+        own = {name: value for name, value in self.coupled_parameters() if value.requires_grad}
+        with torch.enable_grad():
+            terms = {name: self._say(name, encodings, batch, None) for name in names if not self._draws(name)}
+            total = self._weighted(terms, factors)
+        found: Sequence[Tensor | None] = [None] * (len(leaves) + len(own))
+        if terms:
+            found = torch.autograd.grad(total, [*leaves.values(), *own.values()], allow_unused=True)
+        return Coupling(
+            terms=terms,
+            gradients={at: value for at, value in zip(leaves, found, strict=False) if value is not None},
+            pull={at: v for at, v in zip(own, found[len(leaves) :], strict=True) if v is not None},
+            pairs=pairs,
+        )
+
+    def _draws(self, name: str) -> bool:
+        return self.objectives[name].draws
+
+    def _say(self, name: str, encodings: ModelEncodings, batch: Batch, pairs: Pairs | None) -> Terms:
+        objective = self.objectives[name]
+        if not objective.draws:
+            return objective(encodings, batch)
+        if pairs is None:
+            with torch.no_grad():
+                pairs = objective.draw(encodings, batch)
+        return objective(encodings, batch, pairs)
+
+    def _weighted(self, terms: Mapping[str, Terms], factors: Mapping[str, Tensor]) -> Tensor:
         total = self.model.logit_scale.new_zeros(())
-        for name in names:
-            total = total + factors[name] * terms[name].total
-        return Outcome(total=total, terms=terms)
+        for name, said in terms.items():
+            total = total + factors[name] * said.total
+        return total
 
     def clamp(self) -> None:
         """Bring bounded parameters back into their range, after the optimizer step."""
@@ -139,12 +197,13 @@ class Pretrainer(nn.Module):
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Several micro-batches of a step as one batch, for what couples them. Pixels and words stay behind.
+    """Several micro-batches of a step as one batch, for what couples them. Pixels stay behind.
 
-    A coupled objective reads encodings, lengths and identities; carrying the images along would double
+    A coupled objective reads encodings, words and identities; carrying the images along would double
     the memory that micro-batches were chosen to save.
     """
     shift, shifted = 0, []
+    longest = max(batch.tokens.shape[1] for batch in batches)
     for batch in batches:
         index = batch.image_index
         shifted.append(torch.where(index >= 0, index + shift, index))
@@ -157,7 +216,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         batches[0],
         images=torch.cat([batch.images[:, :, :0, :0] for batch in batches]),
         image_valid=together("image_valid"),
-        tokens=torch.cat([batch.tokens[:, :0] for batch in batches]),
+        tokens=torch.cat([F.pad(batch.tokens, (0, longest - batch.tokens.shape[1])) for batch in batches]),
         text_length=together("text_length"),
         image_index=torch.cat(shifted),
         text_valid=together("text_valid"),

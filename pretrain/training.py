@@ -17,14 +17,13 @@ from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks
 from pretrain.health import Health
 from pretrain.ledger import Ledger
-from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
 from pretrain.quarantine import Quarantine
 from pretrain.rundir import RunDir
 from pretrain.sinks import Fanout, Sink
 from pretrain.starts import Starts
 from pretrain.state import Standing
-from pretrain.step import StepReport, Wrapped
+from pretrain.step import Setup, StepReport
 
 
 @dataclass(kw_only=True)
@@ -38,10 +37,10 @@ class Training:
     """What the model is judged on, where it is not the built-in scenes."""
     tokenizer: Tokenizer
     pretrainer: Pretrainer
-    wrapped: Wrapped
+    setup: Setup
+    """The pretrainer as it is wrapped, and how it is run."""
     optimizer: torch.optim.Optimizer
     curriculum: Curriculum
-    compute: Compute
     ranks: Ranks
     rundir: RunDir
     standing: Standing

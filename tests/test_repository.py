@@ -20,7 +20,7 @@ from pretrain.testing import TinyImage, TinyText, make_samples, merge
 from pretrain.zoo.dual import Dual
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
+TINY_WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False, contrast=False)
 ARROW = ["datasets", "objectives", "pretrain", "slurm"]
 OURS = sorted(path for folder in [*ARROW, "tests", "benchmarks"] for path in (ROOT / folder).rglob("*.py"))
 
@@ -156,13 +156,14 @@ def test_the_objective_in_the_readme_is_an_objective(tmp_path, monkeypatch):
         image=TinyImage(),
         text=TinyText(),
         captioner=None,
+        fusion=None,
         logit_scale=torch.zeros(1),
         logit_bias=None,
     )
     batch = merge(make_samples(9))
     one = {"agreement": torch.tensor(1.0)}
     pretrainer = Pretrainer(model, {"agreement": objective})
-    outcome = pretrainer(batch, phase="push", names=["agreement"], factors=one, seed=())
+    outcome = pretrainer(batch, phase="push", names=["agreement"], factors=one, key=())
     outcome.total.backward()
     assert 0 < outcome.total.item() < 4 * objective.denominator(batch).item()
 

@@ -68,7 +68,7 @@ def judge_of(training: Training) -> Judge:
     return Judge(
         model=training.pretrainer.model,
         tokenizer=training.tokenizer,
-        compute=training.compute,
+        compute=training.setup.compute,
         batch=training.run.eval.batch,
     )
 

@@ -75,7 +75,7 @@ class Judge:
         """Run every encoder once; `write` says whether captions are generated, which takes longest."""
         with self._running():
             batch = batch.to(self.compute.device)
-            encodings = ModelEncodings(self.model, batch, group=None, seed=())
+            encodings = ModelEncodings(self.model, batch, group=None, key=())
             features = encodings[IMAGE] if self.embeds else encodings[IMAGE_TOKENS].mean(1)
             texts = encodings[TEXT].float().cpu() if self.embeds else None
             loss, tokens = self._likelihood(encodings, batch) if self.writes else (0.0, 0)
@@ -96,7 +96,7 @@ class Judge:
 
     def _likelihood(self, encodings: ModelEncodings, batch: Batch) -> tuple[float, int]:
         # What lm minimises is the negative log likelihood of the tokens that it counts.
-        lm = LM(LM.Config(), Widths(embed=0, image_tokens=0, text_tokens=0, vocabulary=0, temperature=False))
+        lm = LM(LM.Config(), Widths(embed=0, image_tokens=0, text_tokens=0, vocabulary=0, temperature=False, contrast=False))
         tokens = int(lm.denominator(batch))
         return (float(lm(encodings, batch).total) if tokens else 0.0), tokens
 

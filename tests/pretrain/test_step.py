@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from objectives import OBJECTIVES
 from pretrain.distributed import Ranks
+from pretrain.encodings import ModelEncodings
 from pretrain.parallel import wrap
 from pretrain.precision import Compute
-from pretrain.pretrainer import join
-from pretrain.step import agree, backward
+from pretrain.pretrainer import Pretrainer, join
+from pretrain.step import Setup, agree, backward
 from pretrain.testing import make_samples, split, tiny_pretrainer
 
 ALONE = [(kind,) for kind in OBJECTIVES]
@@ -28,14 +29,17 @@ def gradient(
     for name in runs:
         tower = getattr(pretrainer.model, name)
         tower.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1))
-    wrapped = wrap(pretrainer, ranks)
+    setup = setup_of(pretrainer, ranks)
     batches = split(make_samples(SAMPLES), ranks, micro_batches)
-    agreed = agree(wrapped, batches, ranks, stop=False, masked=0)
     weights = {kind: 1.0 + place for place, kind in enumerate(kinds)}
-    factors = {kind: weights[kind] * ranks.world / count for kind, count in agreed.counts.items()}
-    compute = Compute(device=ranks.device, bf16=False)
-    backward(wrapped, batches, factors, compute=compute, seed=(0, 0, ranks.rank))
+    counts = agree(setup, batches).counts
+    factors = {kind: weights[kind] * setup.wrapped.divided / count for kind, count in counts.items()}
+    backward(setup, batches, factors, key=(0, 0))
     return flat(pretrainer).tolist(), runs
+
+
+def setup_of(pretrainer: Pretrainer, ranks: Ranks) -> Setup:
+    return Setup(wrapped=wrap(pretrainer, ranks), compute=Compute(device=ranks.device, bf16=False))
 
 
 def flat(module: nn.Module) -> Tensor:
@@ -87,14 +91,15 @@ def test_the_second_pass_repeats_the_first_with_dropout_on():
 
     pretrainer = tiny_pretrainer(("itc",), dropout=0.5)
     batches = split(make_samples(SAMPLES), ranks, 3)
-    agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
-    pieces = []
-    for place, batch in enumerate(batches):
-        pieces.append(pretrainer(batch, phase="encode", names=("itc",), factors={}, seed=(0, 0, 0, place)))
-    given = {wanted: torch.cat([piece[wanted] for piece in pieces]) for wanted in pieces[0]}
-    factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}
+    itc = pretrainer.objectives["itc"]
+    pieces = [
+        ModelEncodings(pretrainer.model, batch, group=None, key=(0, 0), piece=(0, place))
+        for place, batch in enumerate(batches)
+    ]
+    given = {wanted: torch.cat([piece[wanted] for piece in pieces]) for wanted in itc.coupled}
     joined = join(batches)
-    pretrainer(joined, phase="couple", names=("itc",), factors=factors, seed=(), given=given).total.backward()
+    together = ModelEncodings(pretrainer.model, joined, group=None, key=(0, 0), given=given)
+    (itc(together, joined).total / itc.denominator(joined)).backward()
     one_pass = flat(pretrainer)
     assert (exact(two_pass) - one_pass).norm() <= 1e-9 * one_pass.norm()
 
@@ -106,8 +111,9 @@ def test_a_flag_on_one_rank_is_seen_by_all_and_masked_samples_are_added_up(pool)
 def flagged(ranks: Ranks) -> tuple[bool, int]:
     batches = split(make_samples(8), ranks, 1)
     pretrainer = tiny_pretrainer(("lm",), ranks.group)
-    agreed = agree(pretrainer, batches, ranks, stop=ranks.rank == 2, masked=ranks.rank)
-    return agreed.stop, agreed.masked
+    asking = {"stop": float(ranks.rank == 2), "masked": ranks.rank}
+    agreed = agree(setup_of(pretrainer, ranks), batches, asking=asking)
+    return bool(agreed.sums["stop"]), int(agreed.sums["masked"])
 
 
 def test_a_step_keeps_to_its_device():
@@ -116,7 +122,7 @@ def test_a_step_keeps_to_its_device():
     ranks = Ranks(rank=0, world=1, device=meta, group=None)
     pretrainer = tiny_pretrainer(("itc", "lm")).to(meta)
     batches = [batch.to(meta) for batch in split(make_samples(8), ranks, 1)]
-    agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
+    agreed = agree(setup_of(pretrainer, ranks), batches)
     assert {count.device for count in agreed.counts.values()} == {meta}
 
 
@@ -124,14 +130,13 @@ def test_a_masked_slot_changes_nothing_but_itself():
     """The step with masked slots is the step without those samples."""
     alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
     samples = make_samples(SAMPLES)
-    compute = Compute(device=alone.device, bf16=False)
 
     def grads(chosen) -> torch.Tensor:
         pretrainer = tiny_pretrainer(("itc", "lm"))
         batches = split(chosen, alone, 1)
-        agreed = agree(pretrainer, batches, alone, stop=False, masked=0)
-        factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}
-        backward(pretrainer, batches, factors, compute=compute, seed=(0,))
+        setup = setup_of(pretrainer, alone)
+        factors = {kind: 1.0 / count for kind, count in agree(setup, batches).counts.items()}
+        backward(setup, batches, factors, key=(0, 0))
         return flat(pretrainer)
 
     masked, without = grads(samples), grads([s for s in samples if bool(s.image_valid[0])])

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from datasets.batch import Batch
+from pretrain.coupled import Pool
 from pretrain.distributed import Ranks
 from pretrain.parallel import wrap
 from pretrain.precision import Compute
-from pretrain.step import Pool, agree, backward, train_step
+from pretrain.step import Setup, agree, backward, train_step
 from pretrain.testing import make_samples, merge, split, tiny_pretrainer
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
@@ -73,12 +74,11 @@ def gradient(
     for name in runs:
         tower = getattr(pretrainer.model, name)
         tower.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1))
-    wrapped = wrap(pretrainer, ranks)
+    setup = Setup(wrapped=wrap(pretrainer, ranks), compute=COMPUTE, pool=pool)
     batches = pieces(sources, ranks, micro_batches)
-    agreed = agree(wrapped, batches, ranks, stop=False, masked=0)
-    weights = weights_of(kinds)
-    factors = {kind: weights[kind] * ranks.world / count for kind, count in agreed.counts.items()}
-    backward(wrapped, batches, factors, compute=COMPUTE, seed=(0, 0, ranks.rank), pool=pool)
+    weights, counts = weights_of(kinds), agree(setup, batches).counts
+    factors = {kind: weights[kind] * setup.wrapped.divided / count for kind, count in counts.items()}
+    backward(setup, batches, factors, key=(0, 0))
     return flat(pretrainer).tolist(), runs
 
 
@@ -91,7 +91,7 @@ def reference(kinds: Sequence[str], circles: dict[str, list[list[str]]]) -> Tens
         batches = [merge([s for name in circle for s in samples_of(name)]) for circle in circles[kind]]
         count = sum(objective.denominator(batch) for batch in batches)
         one = {kind: torch.tensor(1.0, dtype=torch.float64)}
-        said = [pretrainer(batch, phase="push", names=[kind], factors=one, seed=()) for batch in batches]
+        said = [pretrainer(batch, phase="push", names=[kind], factors=one, key=()) for batch in batches]
         loss = loss + weight * sum(each.total for each in said) / count
     loss.backward()
     return flat(pretrainer)
@@ -176,24 +176,21 @@ STEPS = (("pairs", "more", "books"), ("books",), ("more",), ("pairs", "books"))
 def trained(ranks: Ranks, micro_batches: int = 1) -> tuple[list[float], list[dict[str, float]]]:
     """Weights after four steps whose sources differ, and what was reported of each."""
     pretrainer = tiny_pretrainer(("itc", "lm"), ranks.group, feeds=feeding(("itc", "lm")))
-    wrapped = wrap(pretrainer, ranks)
+    setup = Setup(wrapped=wrap(pretrainer, ranks), compute=COMPUTE)
     optimizer = torch.optim.AdamW(pretrainer.parameters(), lr=0.01, weight_decay=0.1)
     reports: list[dict[str, float]] = []
     for step, sources in enumerate(STEPS):
         batches = pieces(sources, ranks, micro_batches)
         done = train_step(
-            wrapped,
+            setup,
             batches,
             optimizer,
-            counts=agree(wrapped, batches, ranks, stop=False, masked=0).counts,
+            counts=agree(setup, batches).counts,
             weights=weights_of(("itc", "lm")),
-            clip=1.0,
-            compute=COMPUTE,
-            ranks=ranks,
-            seed=0,
-            step=step,
+            largest_norm=1.0,
+            key=(0, step),
         )
-        norms = {f"norm/{tower}": float(norm) for tower, norm in done.norms.items()}
+        norms = {f"norm/{tower}": float(norm) for tower, norm in done.norms.by_tower.items()}
         reports.append({at: float(value) for at, value in done.values.items()} | norms)
     return nn.utils.parameters_to_vector(pretrainer.parameters()).tolist(), reports
 

@@ -18,9 +18,10 @@ from objectives.base import DECODED, IMAGE, TEXT, Objective
 from pretrain.build import drop_unread, widths_of
 from pretrain.distributed import Ranks
 from pretrain.encodings import ModelEncodings
+from pretrain.parallel import wrap
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
-from pretrain.step import agree, backward
+from pretrain.step import Setup, agree, backward
 from pretrain.testing import make_samples, merge, split
 from pretrain.zoo.coca import CoCaDecoder
 from pretrain.zoo.dual import Dual
@@ -65,6 +66,7 @@ def ours(model, folder) -> Dual:
         image=whole.image,
         text=whole.text,
         captioner=whole.captioner,
+        fusion=None,
         logit_scale=whole.logit_scale,
         logit_bias=None,
     ).double()
@@ -120,7 +122,7 @@ def test_what_is_said_equals_open_clips_forward(pair):
     model, made = pair
     batch = captions()
     expected = model(pixels(batch), padded(batch.tokens))
-    encodings = ModelEncodings(made, batch, group=None, seed=())
+    encodings = ModelEncodings(made, batch, group=None, key=())
     assert made.captioner is not None
     logits = made.captioner.head.logits(encodings[DECODED])
     T = batch.tokens.shape[1]
@@ -143,7 +145,7 @@ def test_loss_and_gradients_equal_those_of_open_clips_logits(pair):
     expected.backward()
     owner = objective_class("lm")
     lm = owner(owner.Config(), widths=None)
-    lm(ModelEncodings(made, batch, group=None, seed=()), batch).total.backward()
+    lm(ModelEncodings(made, batch, group=None, key=()), batch).total.backward()
     found = open_clip_state(made)
     named = dict(model.named_parameters())
     ours_by_place = {value.data_ptr(): parameter for parameter in made.parameters() for value in [parameter]}
@@ -171,7 +173,7 @@ def test_texts_alone_are_open_clips_decoder_with_its_looks_left_out(pair):
     owner = objective_class("lm")
     lm = owner(owner.Config(), widths=None)
     assert lm.denominator(texts) == (batch.text_length - 1).sum()
-    lm(ModelEncodings(made, texts, group=None, seed=()), texts).total.backward()
+    lm(ModelEncodings(made, texts, group=None, key=()), texts).total.backward()
     with torch.no_grad():
         for block in model.text_decoder.cross_attn:
             for part in (block.attn.out_proj, block.mlp.c_proj):
@@ -225,12 +227,12 @@ def test_a_batch_without_texts_says_nothing(pair):
     _, made = pair
     nothing = merge([sample for sample in make_samples(6) if not len(sample.tokens)])
     assert nothing.tokens.shape == (0, 0)
-    assert ModelEncodings(made, nothing, group=None, seed=())[DECODED].shape[0] == 0
+    assert ModelEncodings(made, nothing, group=None, key=())[DECODED].shape[0] == 0
 
 
 def objective(kind, made) -> Objective:
     owner, tokens = objective_class(kind), SimpleNamespace(vocabulary=V)
-    return owner(owner.Config(), widths_of(made, tokens, temperature=True))  # type: ignore[arg-type]
+    return owner(owner.Config(), widths_of(made, tokens, temperature=True, contrast=False))  # type: ignore[arg-type]
 
 
 def step(made, kinds, micro_batches):
@@ -244,9 +246,9 @@ def step(made, kinds, micro_batches):
     pretrainer = Pretrainer(made, {kind: objective(kind, made) for kind in kinds})
     ranks = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
     batches = split(make_samples(11, vocabulary=V), ranks, micro_batches)
-    agreed = agree(pretrainer, batches, ranks, stop=False, masked=0)
-    factors = {kind: 1.0 / count for kind, count in agreed.counts.items()}
-    backward(pretrainer, batches, factors, compute=Compute(device=ranks.device, bf16=False), seed=(0,))
+    setup = Setup(wrapped=wrap(pretrainer, ranks), compute=Compute(device=ranks.device, bf16=False))
+    factors = {kind: 1.0 / count for kind, count in agree(setup, batches).counts.items()}
+    backward(setup, batches, factors, key=(0, 0))
     for hook in hooks:
         hook.remove()
     return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}, runs

@@ -1,0 +1,74 @@
+"""What is written down of the steps that were done: the ledger, the metrics, the sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean
+
+from torch import Tensor
+
+from datasets.errors import UserError
+from pretrain.clock import peak_memory
+from pretrain.curriculum import Stretch
+from pretrain.step import StepReport
+from pretrain.training import Training
+
+
+def report(training: Training, stretch: Stretch) -> None:
+    """Read the pending numbers from the device, write the ledger, and tell the sinks their mean.
+
+    Raises:
+        UserError: a loss or gradient norm is not finite; nothing of it was saved.
+    """
+    pending, training.pending = training.pending, []
+    for step, samples, done in pending:
+        loss, norm = float(done.values["loss"]), float(done.norms.whole)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before a "
+                f"checkpoint of it is written: try a lower --stages.{stretch.name}.optim.lr and another --out"
+            )
+        if training.ledger is not None:
+            alarm = training.ledger.record(step, [f"{i:x}" for i in samples.tolist()], loss=loss, norm=norm)
+            if alarm is not None:
+                training.sink.note(f"warning: {alarm}")
+    if not pending:
+        return
+    step = pending[-1][0]
+    standing = training.standing
+    left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
+    reading = training.clock.read(remaining=left)
+    data, warning = training.health.report(reading, standing.accounts)
+    if warning is not None:
+        training.sink.note(warning)
+    training.sink.step(
+        step,
+        {
+            "samples": standing.samples,
+            **_means(pending),
+            "train/lr": training.optimizer.param_groups[0]["lr"],
+            "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
+            "perf/samples_per_second": reading.samples_per_second,
+            "perf/seconds_left": reading.seconds_left,
+            "perf/step_seconds_p50": reading.step_seconds_p50,
+            "perf/step_seconds_p99": reading.step_seconds_p99,
+            "perf/memory_gib": peak_memory(training.ranks.device),
+            "perf/restarts": training.starts.restarts,
+            "perf/lost_steps": training.starts.lost_steps,
+            **data,
+            "data/masked": sum(standing.masked.values()),
+            **{f"data/masked/{kind}": count for kind, count in standing.masked.items()},
+        },
+    )
+
+
+def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:
+    """Each value over the steps that have one: not every step of a mixture feeds an objective or a tower."""
+    values: dict[str, list[float]] = {}
+    for _, _, done in pending:
+        losses = {f"train/{at}": value for at, value in done.values.items()}
+        norms = {f"model/gradient_norm/{tower}": norm for tower, norm in done.norms.by_tower.items()}
+        for at, value in {**losses, "model/gradient_norm": done.norms.whole, **norms}.items():
+            values.setdefault(at, []).append(float(value))
+    return {at: mean(each) for at, each in values.items()}

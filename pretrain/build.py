@@ -198,10 +198,15 @@ def build_pretrainer(
         temperature=classes[borrower].temperature if borrower else None,
         load=load,
     )
+    contrastive = {name for name, owner in classes.items() if owner.temperature is not None}
     objectives = {
-        name: owner(run.objectives[name], widths_of(model, tokenizer, temperature=name == borrower))
+        name: owner(
+            run.objectives[name],
+            widths_of(model, tokenizer, temperature=name == borrower, contrast=bool(contrastive - {name})),
+        )
         for name, owner in classes.items()
     }
+    check_fused(model, objectives)
     pretrainer = Pretrainer(model, objectives, ranks.group, feeds=feeds)
     check_written(tokenizer, objectives)
     for stage in run.stages.values():
@@ -221,7 +226,7 @@ def try_resolution(model: Dual, resolution: int) -> None:
         model.encode_image(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))
 
 
-def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool) -> Widths:
+def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool, contrast: bool) -> Widths:
     """What an objective's heads need to know."""
     assert model.text is not None
     return Widths(
@@ -230,7 +235,23 @@ def widths_of(model: Dual, tokenizer: Tokenizer, *, temperature: bool) -> Widths
         text_tokens=model.text.width,
         vocabulary=tokenizer.vocabulary,
         temperature=temperature,
+        contrast=contrast,
     )
+
+
+def check_fused(model: Dual, objectives: Mapping[str, Objective]) -> None:
+    """Refuse to look at images from a text tower that cannot.
+
+    Raises:
+        UserError: names the objective.
+    """
+    for name, objective in objectives.items():
+        if model.fusion is None and "fusion" in towers_of(objective):
+            raise UserError(
+                f"objective {name!r} reads text and image together, and this model's text tower is one of "
+                "transformers, whose blocks cannot look at an image: leave it out, or take a model with a "
+                "text tower of open_clip's own, such as open_clip:ViT-B-32"
+            )
 
 
 def check_written(tokenizer: Tokenizer, objectives: Mapping[str, Objective]) -> None:
@@ -257,5 +278,8 @@ def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
     towers = {tower for objective in objectives.values() for tower in towers_of(objective)}
     if "captioner" not in towers:
         model.captioner = None
-    if "text" not in towers and (model.captioner is None or not model.captioner.reads_states):
+    if "fusion" not in towers:
+        model.fusion = None
+    states = model.captioner is not None and model.captioner.reads_states
+    if "text" not in towers and model.fusion is None and not states:
         model.text = None

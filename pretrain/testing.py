@@ -33,10 +33,11 @@ from pretrain.distributed import Ranks
 from pretrain.evaluate.judge import Judge
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
+from pretrain.zoo.attention import attend
 from pretrain.zoo.captioner import Captioner
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, SmallText, build_model
-from pretrain.zoo.towers import Encoded, ImageTower, TextTower
+from pretrain.zoo.towers import Encoded, FusionTower, ImageTower, TextTower
 
 LARGEST = 4
 
@@ -145,6 +146,24 @@ class TinyText(TextTower):
         return Encoded(self.project(pooled), states)
 
 
+class TinyFusion(FusionTower):
+    """The text's states, with the dropout of their tower, look at the image; averaged over the words."""
+
+    def __init__(self, text: TinyText, *, image_width: int = 8) -> None:
+        super().__init__()
+        self.read = nn.Linear(image_width, 2 * text.width)
+        self.out = nn.Linear(text.width, text.width)
+        self._text = (text,)
+
+    def forward(self, image_tokens: Tensor, image: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
+        """(B, P, Dv), (M,), (M, T), (M,) -> (M, W)."""
+        states = self._text[0](tokens, length).tokens
+        key, value = self.read(image_tokens)[image].chunk(2, -1)
+        states = (states + self.out(attend(states, key, value, causal=False))).tanh()
+        real = torch.arange(tokens.shape[1]) < length[:, None]
+        return (states * real[..., None]).sum(1) / length[:, None].clamp(min=1)
+
+
 def tiny_pretrainer(
     kinds: Sequence[str],
     group: dist.ProcessGroup | None = None,
@@ -152,22 +171,32 @@ def tiny_pretrainer(
     dropout: float = 0.0,
     feeds: Mapping[str, Sequence[str]] | None = None,
 ) -> Pretrainer:
-    """Tiny towers and a decoder with these objectives, in float64; the same weights in every process."""
+    """Tiny towers, decoder and fusion tower with these objectives, in float64; the same in every process."""
     torch.manual_seed(0)
+    image, text = TinyImage(), TinyText(dropout=dropout)
     model = Dual(
-        image=TinyImage(),
-        text=TinyText(dropout=dropout),
+        image=image,
+        text=text,
         captioner=Captioner(
             Captioner.Config(width=8, layers=1, heads=2), image_width=8, vocabulary=20, context_length=16
         ),
+        fusion=TinyFusion(text),
         logit_scale=torch.tensor(1.5),
         logit_bias=torch.tensor(-2.0) if "itc" not in kinds else None,
     )
-    borrower = next((kind for kind in kinds if objective_class(kind).temperature), None)
+    contrastive = {kind for kind in kinds if objective_class(kind).temperature}
+    borrower = next((kind for kind in kinds if kind in contrastive), None)
     objectives = {
         kind: objective_class(kind)(
             objective_class(kind).Config(),
-            Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=kind == borrower),
+            Widths(
+                embed=6,
+                image_tokens=8,
+                text_tokens=8,
+                vocabulary=20,
+                temperature=kind == borrower,
+                contrast=bool(contrastive - {kind}),
+            ),
         )
         for kind in kinds
     }

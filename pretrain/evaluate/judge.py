@@ -96,7 +96,10 @@ class Judge:
 
     def _likelihood(self, encodings: ModelEncodings, batch: Batch) -> tuple[float, int]:
         # What lm minimises is the negative log likelihood of the tokens that it counts.
-        lm = LM(LM.Config(), Widths(embed=0, image_tokens=0, text_tokens=0, vocabulary=0, temperature=False, contrast=False))
+        widths = Widths(
+            embed=0, image_tokens=0, text_tokens=0, vocabulary=0, temperature=False, contrast=False
+        )
+        lm = LM(LM.Config(), widths)
         tokens = int(lm.denominator(batch))
         return (float(lm(encodings, batch).total) if tokens else 0.0), tokens
 

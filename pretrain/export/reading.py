@@ -55,6 +55,7 @@ def _of_open_clip(path: Path) -> Export:
     model = build_model(config, tokenizer=tokenizer, resolution=resolution, temperature=None)
     if not isinstance(model.captioner, CoCaDecoder):
         model.captioner = None  # built beside any dual encoder, of random weights
+    model.fusion = None  # of random weights too: no library holds one
     return Export(model.eval(), tokenizer, resolution)
 
 
@@ -87,6 +88,7 @@ def _of_transformers(path: Path) -> Export:
         image=image,
         text=text,
         captioner=None,
+        fusion=None,
         logit_scale=model.logit_scale.detach(),
         logit_bias=None if bias is None else bias.detach(),
     )

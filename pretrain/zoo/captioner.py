@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.zoo.attention import attend, split_heads
 from pretrain.zoo.head import VocabularyHead
 from pretrain.zoo.towers import TextDecoder
 
@@ -120,36 +121,20 @@ class _Block(nn.Module):
 
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (N, H, P, Dt/H) of the image."""
-        key, value = self._split(self.look_kv(image), parts=2)
+        key, value = split_heads(self.look_kv(image), parts=2, heads=self.heads)
         return key, value
 
     def forward(
         self, x: Tensor, *, cross: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(N, t, Dt) states after this block, and keys and values of all tokens so far."""
-        query, key, value = self._split(self.qkv(self.self_norm(x)), parts=3)
+        query, key, value = split_heads(self.qkv(self.self_norm(x)), parts=3, heads=self.heads)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        heard = _attend(query, key, value, causal=past is None)
+        heard = attend(query, key, value, causal=past is None)
         x = x + self.self_out(heard.transpose(1, 2).flatten(2))
         if cross is not None:
-            (query,) = self._split(self.query(self.cross_norm(x)), parts=1)
-            seen = _attend(query, *cross, causal=False)
+            (query,) = split_heads(self.query(self.cross_norm(x)), parts=1, heads=self.heads)
+            seen = attend(query, *cross, causal=False)
             x = x + self.cross_out(seen.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm(x)))), (key, value)
-
-    def _split(self, x: Tensor, *, parts: int) -> tuple[Tensor, ...]:
-        """(N, t, parts * Dt) to `parts` tensors of (N, H, t, Dt/H)."""
-        N, t, width = x.shape
-        return x.view(N, t, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Attention of (N, H, t, d) queries over (N, H, s, d) keys; where it is causal, t = s."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    # On CPUs the fused kernel's bfloat16 backward is several times slower than these products.
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if causal:
-        scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
-    return scores.softmax(-1) @ value

@@ -1,6 +1,6 @@
-"""A dual encoder with a captioner: what objectives are served from.
+"""A dual encoder with a captioner and a fusion tower: what objectives are served from.
 
-B images, N texts, T tokens, P image tokens, D embedding width.
+B images, N texts, M pairs of them, T tokens, P image tokens, D embedding width, W the text tower's width.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.errors import UserError
-from objectives.base import Pass, Tower, View, What
+from objectives.base import Pairs, Pass, Tower, View, What
 from objectives.contrast import MAX_LOGIT_SCALE
-from pretrain.zoo.towers import ImageTower, TextDecoder, TextTower
+from pretrain.zoo.towers import FusionTower, ImageTower, TextDecoder, TextTower
 
 Run = tuple[Tower, View, View]
 
 
 class Dual(nn.Module):
-    """Two towers, one temperature, and a captioner on the image tokens.
+    """Two towers, one temperature, a captioner on the image tokens, and a tower that reads text and image.
 
     Parts that no objective reads are not built, so no optimizer step is spent on them.
     """
@@ -31,6 +31,7 @@ class Dual(nn.Module):
         image: ImageTower,
         text: TextTower | None,
         captioner: TextDecoder | None,
+        fusion: FusionTower | None,
         logit_scale: Tensor,
         logit_bias: Tensor | None,
     ) -> None:
@@ -38,6 +39,7 @@ class Dual(nn.Module):
         self.image = image
         self.text = text
         self.captioner = captioner
+        self.fusion = fusion
         self.logit_scale = nn.Parameter(logit_scale.reshape(1))
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(1))
 
@@ -48,6 +50,8 @@ class Dual(nn.Module):
             given["text", "none", "clean"] = ("text", "text_tokens")
         if self.captioner is not None:
             given["captioner", "clean", "clean"] = ("decoded",)
+        if self.fusion is not None:
+            given["fusion", "clean", "clean"] = ("fused",)
         return given
 
     def encode_image(self, images: Tensor) -> dict[What, Tensor]:
@@ -60,6 +64,11 @@ class Dual(nn.Module):
         assert self.text is not None
         pooled, states = self.text(tokens, length)
         return {"text": _unit(pooled), "text_tokens": states}
+
+    def encode_fused(self, image_tokens: Tensor, pairs: Pairs) -> Tensor:
+        """(M, W) the state of each pair that has read the image, among (B, P, Dv), and the text."""
+        assert self.fusion is not None
+        return self.fusion(image_tokens, pairs.image, pairs.tokens, pairs.text_length)
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -13,6 +13,7 @@ from datasets.tokens import HubTokens, OpenClipTokens, Tokenizer
 from pretrain.zoo.captioner import Captioner
 from pretrain.zoo.definition import define
 from pretrain.zoo.dual import Dual
+from pretrain.zoo.fusion import Fusion, build_fusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class ModelConfig:
 
     captioner: Captioner.Config = field(default_factory=Captioner.Config)
     """The decoder that writes captions from image tokens; a CoCa of open_clip brings its own."""
+    fusion: Fusion.Config = field(default_factory=Fusion.Config)
+    """The cross-attention by which the text tower looks at an image to say whether they match."""
 
     def check(self) -> None:
         """Refuse sizes that no model can have.
@@ -31,6 +34,9 @@ class ModelConfig:
         _check_sizes("--model.captioner", self.captioner)
         if not 0 < self.captioner.hidden < 1000:
             raise UserError(f"--model.captioner.hidden is {self.captioner.hidden}; it must be above 0")
+        for key, least in (("heads", 0), ("every", 1)):
+            if (size := getattr(self.fusion, key)) < least:
+                raise UserError(f"--model.fusion.{key} is {size}; it must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +215,10 @@ def build_model(
             vocabulary=tokenizer.vocabulary,
             context_length=tokenizer.context_length,
         )
-    return Dual(**{"logit_bias": None, **parts})
+    # Aside, so that it changes no random number of what is drawn after it.
+    with torch.random.fork_rng(devices=[]):
+        fusion = build_fusion(config.fusion, text=parts["text"], image_width=parts["image"].width)
+    return Dual(**{"logit_bias": None, "fusion": fusion, **parts})
 
 
 def _dual(config: DualConfig, *, tokenizer: Tokenizer, resolution: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ N texts, T tokens of the batch's longest text, S columns that are run, D embeddi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ def _padding_is_unseen(tower: TextTransformer) -> bool:
     return masked and tower.pool_type in ("argmax", "eos", "first")
 
 
+class Glance(NamedTuple):
+    """What one block of a text tower sees of images, between its self-attention and its MLP."""
+
+    look: nn.Module
+    """(N, S, W) states, and what is below, to (N, S, W) that is added to the states."""
+    seen: Tensor
+    """(B, P, 2W) keys and values of the images."""
+    image: Tensor
+    """(N,) int64, the image of each text."""
+
+
 class OpenClipText(TextTower):
     """open_clip's TextTransformer, as long as the batch's longest text where that changes nothing.
 
@@ -62,12 +74,22 @@ class OpenClipText(TextTower):
         self.pad_id = tower.pad_id if pad_id is None else pad_id
         self.width = tower.width
         self.embed = tower.width if tower.text_projection is None else cast(int, tower.output_dim)
+        self.heads = tower.heads
         self.context_length = tower.context_length
         self.trims = _padding_is_unseen(tower)
         self._pool = text_global_pool
 
-    def forward(self, tokens: Tensor, length: Tensor) -> Encoded:
-        """Encode (N, T) token ids, of which the first `length` (N,) of each row are text."""
+    def forward(
+        self, tokens: Tensor, length: Tensor, *, glances: Sequence[Glance | None] | None = None
+    ) -> Encoded:
+        """Encode texts.
+
+        Args:
+            tokens: (N, T) int64 ids.
+            length: (N,) how many of each row are text.
+            glances: of each block, what it sees of images, if anything. The blocks that do must have been
+                made to (`pretrain.zoo.grounded`). What is pooled is then not projected: (N, W).
+        """
         tower = self.tower
         T = tokens.shape[1]
         text = _columns(tokens, length, columns=self._longest(T), pad_id=self.pad_id)
@@ -77,12 +99,18 @@ class OpenClipText(TextTower):
             # Appended behind everything, it has the last position however short the texts are.
             token = (tower.cls_emb + tower.positional_embedding[-1]).expand(len(text), 1, -1)
             hidden = torch.cat([hidden, token], 1)
-        hidden = tower.transformer(hidden, attn_mask=self._mask(text, hidden))
+        mask = self._mask(text, hidden)
+        if glances is None:
+            hidden = tower.transformer(hidden, attn_mask=mask)
+        else:
+            for block, glance in zip(tower.transformer.resblocks, glances, strict=True):
+                hidden = block(hidden, attn_mask=mask, **({} if glance is None else {"glance": glance}))
         if tower.cls_emb is not None:
-            return Encoded(self._project(tower.ln_final(hidden[:, -1])), hidden[:, :T])
-        hidden = tower.ln_final(hidden)
-        pooled = self._pool(hidden, text, pool_type=tower.pool_type, eos_token_id=tower.eos_id)
-        return Encoded(self._project(pooled), hidden[:, :T])
+            pooled = tower.ln_final(hidden[:, -1])
+        else:
+            hidden = tower.ln_final(hidden)
+            pooled = self._pool(hidden, text, pool_type=tower.pool_type, eos_token_id=tower.eos_id)
+        return Encoded(self._project(pooled) if glances is None else pooled, hidden[:, :T])
 
     def _longest(self, T: int) -> int:
         """S for a batch of T tokens."""

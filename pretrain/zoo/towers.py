@@ -1,6 +1,7 @@
-"""What every image tower, every text tower and every decoder that writes captions looks like from outside.
+"""What image towers, text towers, decoders that write captions and fusion towers look like from outside.
 
-B images or N texts, T tokens, P image tokens, D embedding width, W token width, Dt a decoder's width.
+B images or N texts, M pairs of them, T tokens, P image tokens, D embedding width, W token width,
+Dt a decoder's width.
 """
 
 from __future__ import annotations
@@ -77,3 +78,21 @@ class TextDecoder(nn.Module, ABC):
     @abstractmethod
     def extend(self, tokens: Tensor, *, cache: Any) -> Tensor:
         """Read (N, t) more token ids into what `start` gave, and return their (N, t, Dt) states."""
+
+
+class FusionTower(nn.Module, ABC):
+    """Pairs of an image and a text in, one state of each pair that has read both out."""
+
+    @abstractmethod
+    def forward(self, image_tokens: Tensor, image: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
+        """Read pairs.
+
+        Args:
+            image_tokens: (B, P, Dv) of the images; one may be in many pairs or in none.
+            image: (M,) int64, the place of each pair's image among them.
+            tokens: (M, T) int64, the ids of each pair's text.
+            length: (M,) int64, how many of them are text.
+
+        Returns:
+            (M, W)
+        """

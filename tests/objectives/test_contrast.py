@@ -13,7 +13,7 @@ from objectives.contrast import similarity
 from objectives.itc import ITC, info_nce
 from objectives.siglip import SigLIP, sigmoid_loss
 
-WIDTHS = Widths(embed=16, image_tokens=1, text_tokens=1, vocabulary=1, temperature=True)
+WIDTHS = Widths(embed=16, image_tokens=1, text_tokens=1, vocabulary=1, temperature=True, contrast=False)
 
 
 class Given:
@@ -196,7 +196,8 @@ def test_a_second_contrastive_objective_owns_its_temperature():
     lent, own = (
         SigLIP(SigLIP.Config(), WIDTHS),
         SigLIP(
-            SigLIP.Config(), Widths(embed=16, image_tokens=1, text_tokens=1, vocabulary=1, temperature=False)
+            SigLIP.Config(),
+            Widths(embed=16, image_tokens=1, text_tokens=1, vocabulary=1, temperature=False, contrast=False),
         ),
     )
     assert list(lent.parameters()) == []

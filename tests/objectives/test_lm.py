@@ -9,7 +9,7 @@ from objectives.lm import LM
 from pretrain.testing import make_samples, merge
 from pretrain.zoo.head import VocabularyHead
 
-WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
+WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False, contrast=False)
 
 
 class Decoded:

@@ -10,7 +10,7 @@ from objectives import OBJECTIVES, kind_of, objective_class
 from objectives.base import VOCABULARY, Widths
 from pretrain.testing import make_samples, merge
 
-WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=True)
+WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=True, contrast=False)
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

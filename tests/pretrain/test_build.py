@@ -17,7 +17,7 @@ from pretrain.build import check_size, check_written, feeding
 from pretrain.cli import parse
 from pretrain.config import Run
 
-WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False)
+WIDTHS = Widths(embed=6, image_tokens=8, text_tokens=8, vocabulary=20, temperature=False, contrast=False)
 
 
 def objectives(*kinds: str) -> dict[str, Objective]:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.zoo.captioner import Captioner, _attend
+from pretrain.zoo.attention import attend
+from pretrain.zoo.captioner import Captioner
 
 CONFIG = Captioner.Config(width=16, layers=2, heads=2)
 
@@ -126,7 +127,7 @@ def test_attention_is_that_of_the_fused_kernel(causal):
     parts = [torch.randn(3, 2, 7, 8, dtype=torch.float64, generator=generator) for _ in range(3)]
     query, key, value = parts
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    torch.testing.assert_close(_attend(query, key, value, causal=causal), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attend(query, key, value, causal=causal), expected, rtol=0, atol=1e-12)
 
 
 def test_every_parameter_learns(captioner, inputs):

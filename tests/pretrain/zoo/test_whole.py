@@ -169,6 +169,7 @@ def dual(whole) -> Dual:
         image=whole.image,
         text=whole.text,
         captioner=whole.captioner,
+        fusion=None,
         logit_scale=whole.logit_scale,
         logit_bias=whole.logit_bias,
     )
@@ -198,6 +199,7 @@ def test_the_state_of_a_dual_encoder_of_two_libraries_is_one_of_open_clip():
             image=build_image_tower(image, embed=12, resolution=side),
             text=text,
             captioner=None,
+            fusion=None,
             logit_scale=torch.zeros(1),
             logit_bias=None,
         )

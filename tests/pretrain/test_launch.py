@@ -190,7 +190,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeyp
     out, real = tmp_path / "run", loop.train_step
 
     def signalled(*arguments, **named):
-        if named["step"] == 7:
+        if named["key"][1] == 7:
             os.kill(os.getpid(), number)
         return real(*arguments, **named)
 
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_
     out, real = tmp_path / "run", loop.train_step
 
     def interrupted(*arguments, **named):
-        if named["step"] == 7:
+        if named["key"][1] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **named)
 

@@ -215,7 +215,7 @@ def cut_short(out: Path, flags: str, monkeypatch, *, at: int, more: str = "") ->
         real = loop.train_step
 
         def die(*arguments, **named):
-            if named["step"] == at:
+            if named["key"][1] == at:
                 raise KeyboardInterrupt
             return real(*arguments, **named)
 

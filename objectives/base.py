@@ -78,12 +78,13 @@ class Pairs:
     """(M,) bool: whether the two belong together."""
 
     def of_images(self, first: int, last: int) -> Pairs:
-        """Those whose image has a place in first..last-1, counted from there."""
+        """Those whose image has a place in first..last-1, counted from there, as long as their longest."""
         here = (self.image >= first) & (self.image < last)
+        length = self.text_length[here]
         return Pairs(
             image=self.image[here] - first,
-            tokens=self.tokens[here],
-            text_length=self.text_length[here],
+            tokens=self.tokens[here, : int(length.max()) if len(length) else 0],
+            text_length=length,
             matched=self.matched[here],
         )
 
@@ -96,6 +97,10 @@ class Terms:
     """() sum over this micro-batch's units; the step divides by the global count of units."""
     metrics: dict[str, Tensor]
     """Detached () sums over the same units; reported divided by the same count."""
+
+    def detached(self) -> Terms:
+        """The same without a graph."""
+        return Terms(self.total.detach(), self.metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +147,16 @@ class Encodings(Protocol):
         """(M, Dt) the states of FUSED, of the pairs that are asked for; a run of its own at each call."""
         ...
 
-    def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
+    def vocabulary_loss(
+        self, states: Tensor, targets: Tensor, *, smoothing: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the vocabulary head, without logits of the whole batch.
 
         Args:
             states: (M, Dt) decoder states.
             targets: (M,) token ids.
             smoothing: label smoothing in 0..1.
+            z_loss: factor of the squared log-denominator of the softmax.
 
         Returns:
             () sum of the losses and () count of arg-max hits (detached).
@@ -195,6 +203,8 @@ class Objective(nn.Module, ABC):
     """The passes through which the samples of a batch see each other."""
     draws: ClassVar[bool] = False
     """Whether it reads pairs that it draws out of the whole global batch (`draw`)."""
+    remark: str = ""
+    """What a user should know of it in this run, without its name and without a stop; said at the start."""
 
     @property
     def couples(self) -> bool:
@@ -209,7 +219,7 @@ class Objective(nn.Module, ABC):
     def forward(self, encodings: Encodings, batch: Batch) -> Terms:
         """The sum of this objective over this micro-batch's units.
 
-        One that draws takes `pairs` as a third argument: those of this micro-batch.
+        One that draws takes `pairs` as a third argument: those that are read with this micro-batch's images.
         """
 
     def draw(self, encodings: Encodings, batch: Batch) -> Pairs:
@@ -223,7 +233,15 @@ class Objective(nn.Module, ABC):
         """Bring parameters back into their range after an optimizer step, outside the graph."""
 
     def before(self, step: int) -> None:
-        """Called once at the start of a step: momentum encoders move here."""
+        """Called once at the start of a step, also of one that will be skipped.
+
+        What `forward` kept for a `commit` that never came is dropped here. What a checkpoint holds must not
+        change: it would have changed for a skipped step.
+        """
 
     def commit(self) -> None:
-        """Called once after a step was accepted: queues advance here."""
+        """Called once after a step was taken: momentum encoders move towards the new weights, queues advance.
+
+        They do so here and nowhere else, so that a step that is skipped leaves them as they were. The next
+        step finds them where moving at its start would have brought them.
+        """

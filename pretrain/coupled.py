@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from objectives.base import Pairs, Pass, Terms
 from pretrain.parallel import Wrapped
 from pretrain.precision import Compute
 from pretrain.pretrainer import Coupling, Pretrainer, join
+from pretrain.sums import accumulate
 
 Pool = Literal["source", "all"]
 """Whose samples are contrasted: those of one source, or of all that feed the objective."""
@@ -32,8 +33,8 @@ class Circle:
     places: tuple[int, ...]
 
 
-def circles(pretrainer: Pretrainer, batches: Sequence[Batch], pool: Pool) -> list[Circle]:
-    """The circles of more than one micro-batch: those of one source, or of all that feed an objective."""
+def circles(pretrainer: Pretrainer, batches: Sequence[Batch], pool: Pool, *, least: int = 2) -> list[Circle]:
+    """The circles of `least` micro-batches or more: those of one source, or of all that feed an objective."""
     members: dict[tuple[int, ...], list[str]] = {}
     for name, objective in pretrainer.objectives.items():
         if not objective.couples:
@@ -43,7 +44,7 @@ def circles(pretrainer: Pretrainer, batches: Sequence[Batch], pool: Pool) -> lis
         for at in fed:
             apart.setdefault(batches[at].source if pool == "source" else "", []).append(at)
         for places in apart.values():
-            if len(places) > 1:
+            if len(places) >= least:
                 members.setdefault(tuple(places), []).append(name)
     return [Circle(tuple(names), places) for places, names in members.items()]
 
@@ -85,35 +86,41 @@ def couple(
         pool: whose samples are contrasted.
     """
     said = Said([], [set() for _ in batches], [{} for _ in batches], [{} for _ in batches])
-    together = circles(wrapped.pretrainer, batches, pool)
+    together = circles(wrapped.pretrainer, batches, pool, least=1 if wrapped.always_circles else 2)
     pieces: list[dict[Pass, Tensor]] = [{} for _ in batches]
     for place, batch in enumerate(batches):
         names = [name for circle in together if place in circle.places for name in circle.names]
         if wrapped.pretrainer.coupled(names):
             with compute.forward():
                 pieces[place] = wrapped(
-                    batch, phase="encode", names=names, factors=factors, key=key, piece=wrapped.piece(place)
+                    batch,
+                    phase="encode",
+                    names=names,
+                    factors=factors,
+                    key=key,
+                    piece=wrapped.piece(place, len(batches)),
                 )
     for circle in together:
         given = {
             wanted: torch.cat([pieces[place][wanted] for place in circle.places])
             for wanted in wrapped.pretrainer.coupled(circle.names)
         }
-        joined = join([batches[place] for place in circle.places])
+        seen = wrapped.circled(given, join([batches[place] for place in circle.places]))
         with compute.forward():
             coupling = wrapped(
-                joined, phase="couple", names=circle.names, factors=factors, key=key, given=given
+                seen.batch, phase="couple", names=circle.names, factors=factors, key=key, given=seen.given
             )
-        _share_out(coupling, circle, batches, said)
+        _share_out(coupling, circle, batches, said, images=seen.first_image, texts=seen.first_text)
     return said
 
 
-def _share_out(coupling: Coupling, circle: Circle, batches: Sequence[Batch], said: Said) -> None:
-    """Give each micro-batch its part of what its circle said."""
+def _share_out(
+    coupling: Coupling, circle: Circle, batches: Sequence[Batch], said: Said, *, images: int, texts: int
+) -> None:
+    """Give each micro-batch its part of what its circle said; the first one's rows begin there."""
     said.terms.append(coupling.terms)
     for name, gradient in coupling.pull.items():
         accumulate(said.pull, name, gradient)
-    images = texts = 0
     for place in circle.places:
         batch = batches[place]
         next_image, next_text = images + len(batch.images), texts + len(batch.tokens)
@@ -124,11 +131,3 @@ def _share_out(coupling: Coupling, circle: Circle, batches: Sequence[Batch], sai
         for name, pairs in coupling.pairs.items():
             said.pairs[place][name] = pairs.of_images(images, next_image)
         images, texts = next_image, next_text
-
-
-_At = TypeVar("_At")
-
-
-def accumulate(sums: dict[_At, Tensor], at: _At, value: Tensor) -> None:
-    """Add a value to what stands under a name."""
-    sums[at] = sums[at] + value if at in sums else value

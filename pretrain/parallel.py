@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from datasets.batch import Batch
+from objectives.base import Pass, Terms
 from pretrain.distributed import Ranks
 from pretrain.pretrainer import Pretrainer
+from pretrain.sums import add_terms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circled:
+    """What the objectives of a circle see, and where in it this rank's own rows begin."""
+
+    given: Mapping[Pass, Tensor]
+    """The encodings."""
+    batch: Batch
+    """What they are of."""
+    first_image: int = 0
+    first_text: int = 0
 
 
 class Wrapped:
@@ -21,6 +39,10 @@ class Wrapped:
         self.ranks = ranks
         self.divided = 1
         """By how much the sum of the ranks' gradients is divided where they meet."""
+        self.lends_pull = True
+        """Whether the gradients of circles at parameters go through the last micro-batch's backward."""
+        self.always_circles = False
+        """Whether a micro-batch that is alone on its rank is coupled as several are."""
         self._call: Callable[..., Any] = pretrainer
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -32,9 +54,32 @@ class Wrapped:
         del now
         return nullcontext()
 
-    def piece(self, place: int) -> tuple[int, ...]:
-        """What names this rank's micro-batch at a place, for the randomness inside the towers."""
+    def ordered(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """This rank's micro-batches in the order in which they are worked through."""
+        return batches
+
+    def piece(self, place: int, places: int) -> tuple[int, ...]:
+        """What names this rank's micro-batch at one of its places, for the randomness inside the towers."""
+        del places
         return self.ranks.rank, place
+
+    def circled(self, given: Mapping[Pass, Tensor], joined: Batch) -> Circled:
+        """What a circle of this rank's micro-batches is to see."""
+        return Circled(given=given, batch=joined)
+
+    def pushed(self, place: int, places: int) -> None:
+        """The micro-batch at a place has given its gradient."""
+
+    def finish(self, pull: Mapping[str, Tensor]) -> None:
+        """All micro-batches have given their gradients; `pull` is that of circles at parameters."""
+
+    def add_up(
+        self, together: Sequence[Mapping[str, Terms]], apart: Sequence[Mapping[str, Terms]]
+    ) -> dict[str, Tensor]:
+        """() float64 sums over all ranks of what circles and micro-batches said, by name."""
+        sums = add_terms([*together, *apart])
+        total = self.ranks.sum(torch.stack([value.double() for value in sums.values()]))
+        return dict(zip(sums, total.unbind(), strict=True))
 
 
 class Replicated(Wrapped):

@@ -1,4 +1,4 @@
-"""One optimizer step: count the units, run the micro-batches, clip, step.
+"""One optimizer step: count the units, run the micro-batches, judge, clip, step.
 
 The gradient is that of the mean over the global batch, whatever the number of ranks and micro-batches:
 counts are added over all of them before the first backward, forwards return sums, and what the wrapper
@@ -20,8 +20,9 @@ from torch import Tensor
 from datasets.batch import Batch
 from objectives.base import Terms
 from pretrain.clipping import Norms, clip, gradient_norms
-from pretrain.coupled import Pool, accumulate, couple
+from pretrain.coupled import Pool, couple
 from pretrain.distributed import Ranks
+from pretrain.faults import Fault, find_fault
 from pretrain.parallel import Wrapped
 from pretrain.precision import Compute
 
@@ -61,6 +62,8 @@ class StepReport:
     """() global means: `loss`, and `loss/NAME` and `NAME/METRIC` of each objective."""
     norms: Norms
     """Gradient norms before clipping."""
+    fault: Fault | None
+    """Why the step was skipped, if it was."""
 
 
 def train_step(
@@ -72,8 +75,12 @@ def train_step(
     weights: Mapping[str, float],
     largest_norm: float,
     key: tuple[int, int],
+    unfit: bool = False,
 ) -> StepReport:
-    """One step over this rank's micro-batches.
+    """One step over this rank's micro-batches, or none: all ranks skip one whose numbers are not finite.
+
+    Of a skipped step nothing stays: weights, moments and their counts of steps, momentum encoders and queues
+    are as they were, to the bit.
 
     Args:
         setup: the pretrainer and how it is run.
@@ -83,6 +90,7 @@ def train_step(
         weights: of each objective, at this step.
         largest_norm: what the gradient is clipped to, 0 for not at all.
         key: seed of the run, and optimizer steps done before this one.
+        unfit: whether an input of any rank is not finite (`faults.is_fit`).
     """
     pretrainer = setup.wrapped.pretrainer
     for objective in pretrainer.objectives.values():
@@ -90,15 +98,17 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     divided = setup.wrapped.divided
     factors = {name: weights[name] * divided / count.clamp(min=1) for name, count in counts.items()}
-    sums = backward(setup, batches, factors, key=key)
+    totals = backward(setup, batches, factors, key=key)
     with setup.watch("optimizer"):
-        norms = gradient_norms(pretrainer)
-        clip(pretrainer, norms.whole, largest=largest_norm)
-        optimizer.step()
-        pretrainer.clamp()
-        for objective in pretrainer.objectives.values():
-            objective.commit()
-    return StepReport(values=_means(sums, counts, weights, setup.ranks), norms=norms)
+        values, norms = _means(totals, counts, weights), gradient_norms(pretrainer)
+        fault = find_fault(values, norms, unfit=unfit)
+        if fault is None:
+            clip(pretrainer, norms.whole, largest=largest_norm)
+            optimizer.step()
+            pretrainer.clamp()
+            for objective in pretrainer.objectives.values():
+                objective.commit()
+    return StepReport(values=values, norms=norms, fault=fault)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,17 +149,15 @@ def agree(setup: Setup, batches: Sequence[Batch], *, asking: Mapping[str, float]
 def backward(
     setup: Setup, batches: Sequence[Batch], factors: Mapping[str, Tensor], *, key: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Add the whole step's gradient to `.grad`; returns the raw local sums by name.
+    """Add the whole step's gradient to `.grad`; returns the raw sums over all ranks by name.
 
     A micro-batch that nothing couples to another is the whole truth about itself; for the others see
     `pretrain.coupled`.
     """
     wrapped, compute = setup.wrapped, setup.compute
-    sums: dict[str, Tensor] = {}
+    batches, pushed = wrapped.ordered(batches), list[Mapping[str, Terms]]()
     with setup.watch("forward"):
         said = couple(wrapped, batches, factors, compute=compute, key=key, pool=setup.pool)
-    for terms in said.terms:
-        _add(sums, terms)
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
         names = wrapped.pretrainer.fed_by(batch.source)
@@ -161,31 +169,25 @@ def backward(
                     names=[name for name in names if name not in said.done[place]],
                     factors=factors,
                     key=key,
-                    piece=wrapped.piece(place),
+                    piece=wrapped.piece(place, len(batches)),
                     given=said.gradients[place],
                     pairs=said.pairs[place],
-                    pull=said.pull if last else None,
+                    pull=said.pull if last and wrapped.lends_pull else None,
                 )
             with setup.watch("backward"):
                 outcome.total.backward()
-        _add(sums, outcome.terms)
-    return sums
-
-
-def _add(sums: dict[str, Tensor], said: Mapping[str, Terms]) -> None:
-    for name, terms in said.items():
-        for at, value in {"": terms.total, **terms.metrics}.items():
-            accumulate(sums, f"{name}/{at}" if at else f"loss/{name}", value.detach())
+        wrapped.pushed(place, len(batches))
+        pushed.append({name: terms.detached() for name, terms in outcome.terms.items()})
+    wrapped.finish(said.pull)
+    return wrapped.add_up(said.terms, pushed)
 
 
 def _means(
-    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float], ranks: Ranks
+    totals: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Global means of what each rank summed, and the weighted total; an objective not fed has no value."""
-    total = ranks.sum(torch.stack([value.double() for value in sums.values()]))
-    named = dict(zip(sums, total.unbind(), strict=True))
+    """Global means of the sums, and the weighted total; an objective not fed has no value."""
     means: dict[str, Tensor] = {}
-    for at, value in named.items():
+    for at, value in totals.items():
         name = at.removeprefix("loss/") if at.startswith("loss/") else at.partition("/")[0]
         means[at] = value / counts[name].clamp(min=1)
     losses = [weights[name] * means[f"loss/{name}"] for name in counts if f"loss/{name}" in means]

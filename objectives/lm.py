@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from datasets.batch import Batch
+from datasets.errors import UserError
 from datasets.source import Field
 from objectives.base import DECODED, Encodings, Objective, Terms, Widths
 
@@ -28,13 +29,21 @@ class LM(Objective):
 
         smoothing: float = 0.0
         """Label smoothing (BLIP 0.1, CoCa 0)."""
+        z_loss: float = 0.0
+        """Factor of (log Z)^2, Z the softmax's denominator, so that logits do not drift (Chameleon 1e-5)."""
+
+        def check(self, flag: str) -> None:
+            """Refuse also a negative factor; see `Objective.Config.check`."""
+            super().check(flag)
+            if self.z_loss < 0:
+                raise UserError(f"{flag}.z-loss is {self.z_loss}; it is a factor of 0 or more")
 
     needs: ClassVar[frozenset[Field]] = frozenset({"text"})
     passes = (DECODED,)
 
     def __init__(self, config: LM.Config, widths: Widths) -> None:
         super().__init__()
-        self.smoothing = config.smoothing
+        self.smoothing, self.z_loss = config.smoothing, config.z_loss
 
     def denominator(self, batch: Batch) -> Tensor:
         """Tokens."""
@@ -45,7 +54,7 @@ class LM(Objective):
         scored = _scored(batch)  # (N, T-1)
         states = encodings[DECODED][scored]  # (M, Dt)
         targets = batch.tokens[:, 1:][scored]  # (M,)
-        total, hits = encodings.vocabulary_loss(states, targets, smoothing=self.smoothing)
+        total, hits = encodings.vocabulary_loss(states, targets, smoothing=self.smoothing, z_loss=self.z_loss)
         return Terms(total, {"accuracy": hits})
 
 

@@ -72,10 +72,12 @@ class ModelEncodings:
         _seed_tower((*self._seed, *FUSED.run))
         return self._model.encode_fused(image_tokens, pairs)
 
-    def vocabulary_loss(self, states: Tensor, targets: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
+    def vocabulary_loss(
+        self, states: Tensor, targets: Tensor, *, smoothing: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         """() sum of cross-entropies and () count of hits; see `objectives.base.Encodings`."""
         assert self._model.captioner is not None
-        return self._model.captioner.head.loss(states, targets, smoothing=smoothing)
+        return self._model.captioner.head(states, targets, smoothing=smoothing, z_loss=z_loss)
 
     def _encode(self, run: Run) -> dict[What, Tensor]:
         tower, image_view, text_view = run

@@ -1,9 +1,11 @@
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.errors import UserError
 from objectives.base import DECODED, Widths
 from objectives.lm import LM
 from pretrain.testing import make_samples, merge
@@ -24,8 +26,8 @@ class Decoded:
         assert wanted == DECODED
         return self.states
 
-    def vocabulary_loss(self, states, targets, *, smoothing):
-        return self.head.loss(states, targets, smoothing=smoothing)
+    def vocabulary_loss(self, states, targets, *, smoothing, z_loss):
+        return self.head(states, targets, smoothing=smoothing, z_loss=z_loss)
 
 
 def test_the_sum_over_real_tokens_only():
@@ -33,7 +35,7 @@ def test_the_sum_over_real_tokens_only():
     batch = merge(make_samples(15))
     head = VocabularyHead(nn.Parameter(torch.randn(20, 8))).double()
     states = torch.randn(len(batch.tokens), batch.tokens.shape[1] - 1, 8, dtype=torch.float64)
-    objective = LM(LM.Config(smoothing=0.1), WIDTHS)
+    objective = LM(LM.Config(smoothing=0.1, z_loss=0.01), WIDTHS)
     terms = objective(Decoded(states, head), batch)
 
     targets = batch.tokens[:, 1:].clone()
@@ -45,7 +47,8 @@ def test_the_sum_over_real_tokens_only():
     reference = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=0.1, reduction="sum"
     )
-    torch.testing.assert_close(terms.total, reference, rtol=1e-12, atol=0)
+    drift = 0.01 * logits.logsumexp(dim=-1)[targets != -100].square().sum()
+    torch.testing.assert_close(terms.total, reference + drift, rtol=1e-12, atol=0)
     assert objective.denominator(batch).item() == int((targets != -100).sum())
     hits = ((logits.argmax(-1) == targets) & (targets != -100)).sum()
     assert terms.metrics["accuracy"].item() == hits.item()
@@ -87,3 +90,9 @@ def test_a_batch_without_a_readable_pair_costs_nothing():
     assert objective.denominator(batch).item() == 0
     assert states.grad is not None
     assert not states.grad.any()
+
+
+def test_a_negative_z_loss_is_refused():
+    LM.Config(z_loss=1e-5).check("--objectives.lm")
+    with pytest.raises(UserError, match=r"--objectives\.lm\.z-loss is -1"):
+        LM.Config(z_loss=-1).check("--objectives.lm")

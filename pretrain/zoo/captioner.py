@@ -6,7 +6,7 @@ N texts, T tokens, P image tokens, Dv their width, Dt the decoder's width, H hea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from pretrain.zoo.towers import TextDecoder
 class Cache:
     """What generation keeps between tokens."""
 
-    cross: list[tuple[Tensor, Tensor] | None]
+    image: Tensor | None
+    """(N, P, Dv) the image as blocks look at it, if there is one."""
+    cross: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     """Of each layer: (N, H, P, Dt/H) keys and values of the image, computed once; None without an image."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each layer: (N, H, t, Dt/H) keys and values of the t tokens read so far."""
@@ -79,26 +81,43 @@ class Captioner(TextDecoder):
         Returns:
             (N, T-1, Dt): state t has read the image and tokens 0..t.
         """
-        return self.extend(text, cache=self.start(image_tokens))
+        seen = self.start(image_tokens).image
+        x = self._embed(text, begin=0)
+        for block in self.blocks:
+            x, _ = block(x, image=seen)
+        return self.norm(x)
 
     def start(self, image_tokens: Tensor | None) -> Cache:
         """A cache that has read the image and no text."""
-        if image_tokens is None:
-            return Cache([None] * len(self.blocks))
-        seen = self.image_norm(image_tokens)
-        return Cache([block.look(seen) for block in self.blocks])  # pyright: ignore[reportCallIssue]
+        return Cache(None if image_tokens is None else self.image_norm(image_tokens))
 
     def extend(self, tokens: Tensor, *, cache: Cache) -> Tensor:
         """Read (N, t) more tokens into the cache and return their (N, t, Dt) states."""
         begin = cache.length
         assert begin == 0 or tokens.shape[1] == 1, "after the first call tokens come one at a time"
-        x = F.embedding(tokens, self.head.weight) + self.position[begin : begin + tokens.shape[1]]
-        present: list[tuple[Tensor, Tensor]] = []
+        x = self._embed(tokens, begin=begin)
+        kept: list[_Kept] = []
         for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, cross=cache.cross[i], past=cache.past[i] if begin else None)
-            present.append(keys_values)
-        cache.past = present
+            if begin:
+                x, keep = block(x, cross=cache.cross[i], past=cache.past[i], keep=True)
+            else:
+                x, keep = block(x, image=cache.image, keep=True)
+            kept.append(keep)
+        cache.cross, cache.past = [keep.cross for keep in kept], [keep.past for keep in kept]
         return self.norm(x)
+
+    def _embed(self, tokens: Tensor, *, begin: int) -> Tensor:
+        """(N, t, Dt) of (N, t) ids, the first of which stands at `begin`."""
+        return F.embedding(tokens, self.head.weight) + self.position[begin : begin + tokens.shape[1]]
+
+
+class _Kept(NamedTuple):
+    """What a block keeps for the next token."""
+
+    past: tuple[Tensor, Tensor]
+    """(N, H, t, Dt/H) keys and values of all tokens so far."""
+    cross: tuple[Tensor, Tensor] | None
+    """(N, H, P, Dt/H) those of the image, if there is one."""
 
 
 class _Block(nn.Module):
@@ -125,16 +144,35 @@ class _Block(nn.Module):
         return key, value
 
     def forward(
-        self, x: Tensor, *, cross: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(N, t, Dt) states after this block, and keys and values of all tokens so far."""
+        self,
+        x: Tensor,
+        *,
+        image: Tensor | None = None,
+        cross: tuple[Tensor, Tensor] | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, _Kept | None]:
+        """(N, t, Dt) states after this block, and what is kept for the next token.
+
+        The image is looked at in here: whoever shards or checkpoints blocks sees all that they do.
+
+        Args:
+            x: (N, t, Dt) states.
+            image: (N, P, Dv), where nobody has looked at it yet.
+            cross: what `look` said of it, where somebody has.
+            past: keys and values of the tokens before these.
+            keep: whether a next token will come.
+        """
         query, key, value = split_heads(self.qkv(self.self_norm(x)), parts=3, heads=self.heads)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         heard = attend(query, key, value, causal=past is None)
         x = x + self.self_out(heard.transpose(1, 2).flatten(2))
+        if image is not None:
+            cross = self.look(image)
         if cross is not None:
             (query,) = split_heads(self.query(self.cross_norm(x)), parts=1, heads=self.heads)
             seen = attend(query, *cross, causal=False)
             x = x + self.cross_out(seen.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm(x)))), (key, value)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return x, _Kept((key, value), cross) if keep else None

@@ -80,6 +80,9 @@ class Eval:
     """Images that a rank encodes at a time."""
 
 
+    rerank: int = 16
+    """With an objective that tells matching pairs from others: the nearest answers of a query of retrieval
+    that it puts into a new order; 0 for none."""
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that decides a run. Written to RUN_DIR/run.yaml; `--recipe RUN_DIR/run.yaml` repeats it."""
@@ -156,6 +159,7 @@ class Run:
         for flag, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{flag} is {value}; it must be at least {bound}")
+            "--eval.rerank": (self.eval.rerank, 0),
 
     def _check_sources(self) -> None:
         if not self.sources:

@@ -55,6 +55,9 @@ class Command:
     """Side of the images in pixels; 0 for what the model was last trained with."""
     batch: int = 256
     """Images that a process encodes at a time."""
+    rerank: int = 16
+    """The nearest answers of a query of retrieval that a model trained to match pairs puts into a new
+    order; 0 for none."""
     json: Path | None = None
     """Where the results go; by default RUN_DIR/evaluations, where there is a run."""
 
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(command: Command, ranks: Ranks) -> None:
-    for flag, least in (("limit", 0), ("resolution", 0), ("batch", 1)):
+    for flag, least in (("limit", 0), ("resolution", 0), ("batch", 1), ("rerank", 0)):
         if getattr(command, flag) < least:
             raise UserError(f"--{flag} is {getattr(command, flag)}; it must be at least {least}")
     subject = load_subject(command.subject, step=command.step, ranks=ranks)
@@ -84,7 +87,15 @@ def _evaluate(command: Command, ranks: Ranks) -> None:
         # What was measured in training: idle threads that spin can cost more than they give.
         settle_threads(subject.run.precision.threads, kept=RunDir(command.subject).threads, step=None)
     compute = compute_for(subject.run.precision if subject.run else Precision(), ranks.device)
-    judge = Judge(model=subject.model, tokenizer=subject.tokenizer, compute=compute, batch=command.batch)
+    judge = Judge(
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        compute=compute,
+        batch=command.batch,
+        compares=subject.compares,
+        matcher=subject.matcher,
+        rerank=command.rerank,
+    )
     said: list[str] = []
     results = _measure(command, judge, resolution=resolution, ranks=ranks, note=said.append)
     if not ranks.zero:
@@ -138,7 +149,8 @@ def _open(spec: str) -> Source:
 def _kept(command: Command) -> Path:
     """RUN_DIR/evaluations/NAME.json, by what was asked; the same question again takes its place."""
     asked = (
-        command.data, command.measures, command.classes, command.train, command.limit, command.resolution
+        command.data, command.measures, command.classes, command.train, command.limit, command.resolution,
+        command.rerank,
     )  # fmt: skip
     name = re.sub(r"\W+", "-", command.data.replace(".tar", "")).strip("-")[-60:]
     digest = blake2b(repr(asked).encode(), digest_size=4).hexdigest()

@@ -7,7 +7,7 @@ from datasets.errors import UserError
 from datasets.scenes import Scenes
 from datasets.source import Source
 from pretrain.evaluate.examine import examine
-from pretrain.evaluate.judge import Judge
+from pretrain.evaluate.judge import Judge, compared_by, matcher_of
 from pretrain.evaluate.possible import Examination, plan
 from pretrain.evaluate.results import Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
@@ -70,6 +70,9 @@ def judge_of(training: Training) -> Judge:
         tokenizer=training.tokenizer,
         compute=training.setup.compute,
         batch=training.run.eval.batch,
+        compares=compared_by(training.pretrainer.objectives),
+        matcher=matcher_of(training.pretrainer.objectives),
+        rerank=training.run.eval.rerank,
     )
 
 

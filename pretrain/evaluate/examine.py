@@ -14,6 +14,7 @@ from pretrain.evaluate.judge import Judge
 from pretrain.evaluate.observe import Observed, observe
 from pretrain.evaluate.possible import Examination, Measure, plan
 from pretrain.evaluate.probe import linear_probe, nearest_neighbours
+from pretrain.evaluate.rerank import reranked
 from pretrain.evaluate.results import Result, Results
 from pretrain.evaluate.retrieval import recalls
 from pretrain.evaluate.zero_shot import (
@@ -52,6 +53,9 @@ def examine(judge: Judge, examination: Examination, *, ranks: Ranks, note: Calla
         results |= _zero_shot(judge, seen, examination)
     if "retrieval" in measures:
         results |= retrieval(seen, ranks)
+        if judge.matches:
+            limit = examination.limit
+            results |= reranked(judge, source, seen, resolution=resolution, limit=limit, ranks=ranks)
     if "captions" in measures:
         assert seen.said is not None
         results |= {name: Result(value=value) for name, value in captions(seen).items()}

@@ -5,16 +5,17 @@ B images, N texts, D embedding width, W width of the image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from datasets.batch import Batch
 from datasets.tokens import Tokenizer
-from objectives.base import IMAGE, IMAGE_TOKENS, TEXT, Widths
+from objectives.base import IMAGE, IMAGE_TOKENS, TEXT, Objective, Pairs, Widths
 from objectives.lm import LM
 from pretrain.encodings import ModelEncodings
 from pretrain.precision import Compute
@@ -41,6 +42,25 @@ class Look:
     """Their number."""
 
 
+@runtime_checkable
+class Matcher(Protocol):
+    """The head of an objective that tells pairs that match from those that do not."""
+
+    def match_logit(self, states: Tensor) -> Tensor:
+        """(M,) log of the odds that a pair matches, of (M, W) states that have read text and image."""
+        ...
+
+
+def compared_by(objectives: Mapping[str, Objective]) -> bool:
+    """Whether one of a run's objectives trains embeddings that can be compared."""
+    return any(wanted.what == TEXT.what for each in objectives.values() for wanted in each.passes)
+
+
+def matcher_of(objectives: Mapping[str, Objective]) -> Matcher | None:
+    """The first of a run's objectives that is one."""
+    return next((each for each in objectives.values() if isinstance(each, Matcher)), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
     """A model with what it takes to run it."""
@@ -50,6 +70,12 @@ class Judge:
     compute: Compute
     batch: int = 256
     """Images that are encoded at a time."""
+    compares: bool = True
+    """Whether the embeddings of images and texts were trained to be compared."""
+    matcher: Matcher | None = None
+    """What says whether an image and a text match, where the model was trained to."""
+    rerank: int = 16
+    """The nearest answers of a query that the matcher puts into a new order; 0 for none."""
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -64,12 +90,17 @@ class Judge:
     @property
     def embeds(self) -> bool:
         """Whether images and texts are compared."""
-        return self.model.gives().get(TEXT.run) is not None
+        return self.compares and self.model.text is not None
 
     @property
     def writes(self) -> bool:
         """Whether it writes captions."""
         return self.model.captioner is not None
+
+    @property
+    def matches(self) -> bool:
+        """Whether what is nearest is read again, text and image together."""
+        return self.embeds and self.matcher is not None and self.rerank > 0
 
     def look(self, batch: Batch, *, write: bool = True) -> Look:
         """Run every encoder once; `write` says whether captions are generated, which takes longest."""
@@ -81,6 +112,17 @@ class Judge:
             loss, tokens = self._likelihood(encodings, batch) if self.writes else (0.0, 0)
             said = self._write(encodings[IMAGE_TOKENS]) if self.writes and write else None
         return Look(features=features.float().cpu(), texts=texts, said=said, loss=loss, tokens=tokens)
+
+    def image_tokens(self, batch: Batch) -> Tensor:
+        """(B, P, W) of a batch, on the device."""
+        with self._running():
+            return self.model.encode_image(batch.images.to(self.compute.device))["image_tokens"]
+
+    def match(self, image_tokens: Tensor, pairs: Pairs) -> Tensor:
+        """(M,) float32 log of the odds that each pair of (B, P, W) images and texts matches."""
+        assert self.matcher is not None
+        with self._running():
+            return self.matcher.match_logit(self.model.encode_fused(image_tokens, pairs)).float().cpu()
 
     def sentences(self, sentences: Sequence[str]) -> Tensor:
         """(N, D) float32 embeddings of plain sentences."""

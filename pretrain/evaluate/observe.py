@@ -6,10 +6,12 @@ B images, N texts, D embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from datasets.errors import UserError
 from datasets.loader import Examined, evaluation_batches
@@ -17,7 +19,10 @@ from datasets.source import Source
 from pretrain.distributed import Ranks, SaidByRankZeroError
 from pretrain.evaluate.judge import Judge, Look
 
-_THREADS = 2
+THREADS = 2
+"""That read and decode."""
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,12 @@ class Observed:
     """(N,) the image of each."""
     text_id: Tensor
     """(N,) equal for equal captions."""
+    ids: Tensor
+    """(N, T) int32 their ids, as many columns as the longest has."""
+    length: Tensor
+    """(N,) how many of them each has."""
+    batches: tuple[int, ...]
+    """Of each batch that was encoded, in order, how many of the B images were in it."""
     said: tuple[str, ...] | None
     """Of each image a generated caption."""
     loss: float
@@ -80,32 +91,47 @@ def observe(
         limit=limit,
         rank=ranks.rank,
         ranks=ranks.world,
-        threads=_THREADS,
+        threads=THREADS,
     )
-    mine = _Share()
+    mine = Share[Observed]()
     try:
         mine.parts += [_part(examined, judge.look(examined.batch, write=write)) for examined in batches]
     except (OSError, UserError) as error:  # for every rank to know, or the others would wait for this one
         mine.fault = f"{source.name} cannot be read: {error}"
-    everyone = [mine]
-    if ranks.group is not None:
-        everyone = [_Share() for _ in range(ranks.world)]
-        dist.all_gather_object(everyone, mine, group=ranks.group)
-    parts = [part for each in everyone for part in each.parts]
-    fault = next((each.fault for each in everyone if each.fault), "")
-    if not fault and not any(part.keys for part in parts):
-        fault = f"not one sample of {source.name} can be read"
-    if fault:
-        raise UserError(fault) if ranks.zero else SaidByRankZeroError(fault)
+    parts = together(mine, ranks)
+    if not any(part.keys for part in parts):
+        refuse(f"not one sample of {source.name} can be read", ranks)
     return _join(parts)
 
 
 @dataclass
-class _Share:
+class Share(Generic[Part]):
     """What one rank has made of its batches."""
 
-    parts: list[Observed] = field(default_factory=list[Observed])
+    parts: list[Part] = field(default_factory=lambda: [])
     fault: str = ""
+    """Why it has not made all of it."""
+
+
+def together(mine: Share[Part], ranks: Ranks) -> list[Part]:
+    """What all ranks have made, in the order of the batches, on every rank.
+
+    Raises:
+        UserError: one of them has met a fault; on every rank alike.
+    """
+    everyone = [mine]
+    if ranks.group is not None:
+        everyone = [mine] * ranks.world
+        dist.all_gather_object(everyone, mine, group=ranks.group)
+    fault = next((each.fault for each in everyone if each.fault), "")
+    if fault:
+        refuse(fault, ranks)
+    return [part for each in everyone for part in each.parts]
+
+
+def refuse(fault: str, ranks: Ranks) -> NoReturn:
+    """Raise on every rank what one of them says aloud."""
+    raise UserError(fault) if ranks.zero else SaidByRankZeroError(fault)
 
 
 def _part(examined: Examined, look: Look) -> Observed:
@@ -123,6 +149,9 @@ def _part(examined: Examined, look: Look) -> Observed:
         texts=None if look.texts is None else look.texts[pairs],
         owner=place[batch.image_index[pairs]],
         text_id=batch.text_id[pairs],
+        ids=batch.tokens[pairs].int(),
+        length=batch.text_length[pairs],
+        batches=(len(good),),
         said=None if look.said is None else tuple(look.said[at] for at in good),
         loss=look.loss,
         tokens=look.tokens,
@@ -134,6 +163,7 @@ def _join(parts: list[Observed]) -> Observed:
     starts = torch.tensor([0, *(len(part.keys) for part in parts)]).cumsum(0).tolist()
     texts = [part.texts for part in parts if part.texts is not None]
     said = [part.said for part in parts if part.said is not None]
+    longest = max(part.ids.shape[1] for part in parts)
     return Observed(
         keys=tuple(key for part in parts for key in part.keys),
         features=torch.cat([part.features for part in parts]),
@@ -142,6 +172,9 @@ def _join(parts: list[Observed]) -> Observed:
         texts=torch.cat(texts) if texts else None,
         owner=torch.cat([part.owner + start for part, start in zip(parts, starts, strict=False)]),
         text_id=torch.cat([part.text_id for part in parts]),
+        ids=torch.cat([pad(part.ids, (0, longest - part.ids.shape[1])) for part in parts]),
+        length=torch.cat([part.length for part in parts]),
+        batches=tuple(size for part in parts for size in part.batches),
         said=tuple(each for one in said for each in one) if said else None,
         loss=sum(part.loss for part in parts),
         tokens=sum(part.tokens for part in parts),

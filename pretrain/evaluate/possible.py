@@ -92,7 +92,9 @@ def _lacking(judge: Judge, examination: Examination) -> tuple[list[str | int | N
     need(known, f"{source.name} holds no class labels", *_BY_LABELS)
     only = " but the names of its classes" if known else ""
     need(described, f"{source.name} holds no captions{only}", "retrieval", "captions", "perplexity")
-    need(judge.embeds, "this model has no text tower", "zero_shot", "retrieval")
+    untrained = "no objective of this run compares images and texts"
+    without = untrained if judge.model.text is not None else "this model has no text tower"
+    need(judge.embeds, without, "zero_shot", "retrieval")
     need(judge.writes, "this model writes no captions", "captions", "perplexity")
     need(examination.train, "there are no labelled images to learn from: name them by --train", *_PROBES)
     named = examination.classes is not None or all(isinstance(label, str) for label in known)

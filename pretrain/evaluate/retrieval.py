@@ -6,6 +6,7 @@ B images, N texts, D embedding width, U different captions, Q queries, A answers
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,20 +39,13 @@ def recalls(
     """
     assert len(images) > 0, "retrieval needs an image"
     assert len(texts) > 0, "retrieval needs a text"
-    caption = text_id.unique(return_inverse=True)[1]  # (N,) 0..U-1
-    different = int(caption.max()) + 1
-    # Which image says which caption, as sorted numbers of (image, caption): a table of B x U would not fit.
-    said = (owner * different + caption).unique()
-
-    def says(image: Tensor, caption: Tensor) -> Tensor:
-        pair = image * different + caption
-        return said[torch.searchsorted(said, pair).clamp(max=len(said) - 1)] == pair
-
+    right = Right.of(owner, text_id)
     asking = owner.unique()
     image_to_text = _hits(
-        images[asking], texts, lambda rows, found: says(asking[rows, None], caption[found]), ranks=ranks
+        images[asking], texts, lambda rows, found: right(asking[rows, None], found), ranks=ranks
     )
-    text_to_image = _hits(texts, images, lambda rows, found: says(found, caption[rows, None]), ranks=ranks)
+    every = torch.arange(len(texts), device=texts.device)
+    text_to_image = _hits(texts, images, lambda rows, found: right(found, every[rows, None]), ranks=ranks)
     hits = torch.stack([image_to_text, text_to_image])
     if ranks is not None:
         hits = ranks.sum(hits.to(ranks.device))
@@ -60,6 +54,52 @@ def recalls(
         **{f"image_to_text_recall@{k}": hit / len(asking) for k, hit in zip(KS, to_text, strict=True)},
         **{f"text_to_image_recall@{k}": hit / len(texts) for k, hit in zip(KS, to_image, strict=True)},
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Right:
+    """Which texts are right answers to which images, and the other way round."""
+
+    caption: Tensor
+    """(N,) 0..U-1, equal for equal captions."""
+    different: int
+    """U"""
+    said: Tensor
+    """Sorted numbers of (image, caption) that are right: a table of B x U would not fit."""
+
+    @classmethod
+    def of(cls, owner: Tensor, text_id: Tensor) -> Right:
+        """Of (N,) owners and identities, as `recalls` takes them."""
+        caption = text_id.unique(return_inverse=True)[1]
+        different = int(caption.max()) + 1
+        return cls(caption=caption, different=different, said=(owner * different + caption).unique())
+
+    def __call__(self, image: Tensor, text: Tensor) -> Tensor:
+        """Bool, of numbers of images and of texts that broadcast together."""
+        pair = image * self.different + self.caption[text]
+        return self.said[torch.searchsorted(self.said, pair).clamp(max=len(self.said) - 1)] == pair
+
+
+def nearest(queries: Tensor, answers: Tensor, *, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The answers that are most alike each query, nearest first, on every rank.
+
+    Args:
+        queries: (Q, D).
+        answers: (A, D).
+        count: how many, or all A where there are fewer.
+        ranks: share the queries, in the blocks of `recalls`.
+
+    Returns:
+        (Q, count) similarities, and (Q, count) int64 numbers of the answers.
+    """
+    count = min(count, len(answers))
+    alike = torch.zeros(len(queries), count, device=ranks.device)
+    found = torch.zeros(len(queries), count, dtype=torch.int64, device=ranks.device)
+    for rows in blocks(len(queries), len(answers))[ranks.rank :: ranks.world]:
+        near = similarity(queries[rows], answers).topk(count, dim=1)
+        alike[rows], found[rows] = near.values.to(ranks.device), near.indices.to(ranks.device)
+    # Whose rows they are not adds zeros, which changes no bit.
+    return ranks.sum(alike).cpu(), ranks.sum(found).cpu()
 
 
 def _hits(

@@ -12,6 +12,7 @@ from pretrain.evaluate.caption import exact_match
 from pretrain.evaluate.examine import retrieval
 from pretrain.evaluate.judge import Judge
 from pretrain.evaluate.observe import observe
+from pretrain.evaluate.rerank import reranked
 from pretrain.evaluate.results import Result, Results
 from pretrain.evaluate.zero_shot import best_prompt, top1
 
@@ -26,7 +27,10 @@ def examine_scenes(judge: Judge, *, resolution: int, ranks: Ranks) -> Results:
     if judge.embeds:
         results |= _zero_shot(judge, resolution, ranks)
         pairs = Scenes(split="test", size=_RETRIEVAL, distinct=True)
-        results |= retrieval(observe(judge, pairs, resolution=resolution, ranks=ranks, write=False), ranks)
+        seen = observe(judge, pairs, resolution=resolution, ranks=ranks, write=False)
+        results |= retrieval(seen, ranks)
+        if judge.matches:
+            results |= reranked(judge, pairs, seen, resolution=resolution, limit=None, ranks=ranks)
     if judge.writes:
         results |= {
             "exact_captions_1_object": _captions(judge, resolution, ranks, 1, "seen"),

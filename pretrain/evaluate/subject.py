@@ -14,6 +14,7 @@ from pretrain.build import build_pretrainer
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks
+from pretrain.evaluate.judge import Matcher, compared_by, matcher_of
 from pretrain.rundir import RunDir
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import own_tokenizer
@@ -26,6 +27,10 @@ class Subject:
     name: str
     model: Dual
     tokenizer: Tokenizer
+    compares: bool
+    """Whether its embeddings of images and texts were trained to be compared."""
+    matcher: Matcher | None
+    """What says whether an image and a text match; None where the model was not trained to."""
     resolution: int
     """Side of the images in pixels that it was last trained with."""
     step: int
@@ -52,6 +57,8 @@ def load_subject(path: Path, *, step: int | None = None, ranks: Ranks | None = N
             name=str(path),
             model=model.to(ranks.device),
             tokenizer=tokenizer,
+            compares=True,
+            matcher=None,
             resolution=resolution,
             step=0,
             run=None,
@@ -68,8 +75,10 @@ def _of_run(rundir: RunDir, step: int | None, ranks: Ranks) -> Subject:
     last = Curriculum(run.stages).stretch_of(max(0, found.step - 1))
     return Subject(
         name=str(rundir.root),
-        model=pretrainer.model.eval(),
+        model=pretrainer.eval().model,
         tokenizer=tokenizer,
+        compares=compared_by(pretrainer.objectives),
+        matcher=matcher_of(pretrainer.objectives),
         resolution=last.stage.resolution,
         step=found.step,
         run=run,

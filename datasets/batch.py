@@ -6,6 +6,7 @@ S samples, B images, N texts, T tokens of the longest text in this batch, H W pi
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Batch:
     """(N,) bool: texts that name a box."""
     keys: tuple[str, ...]
     """(S,) the samples' names, for the ledger and for messages. B = S, or 0 for text alone."""
+    sample_id: Tensor
+    """(S,) int64: a hash of each sample's source and name (`sample_id`); that of an image where B = S."""
     source: str = ""
     """Which source of the run it is of."""
 
@@ -64,3 +67,9 @@ class Batch:
             value = getattr(self, field.name)
             moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
         return Batch(**moved)
+
+
+def sample_id(source: str, key: str) -> int:
+    """63 bits of a hash, the same in every process. Shards of two sources may name their samples alike."""
+    digest = blake2b(f"{source}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -11,7 +11,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from datasets.batch import Batch
+from datasets.batch import Batch, sample_id
 from datasets.sample import Sample
 from datasets.tokens import Tokenizer, normalise
 from datasets.views import Box
@@ -60,6 +60,7 @@ def collate(
         boxes=torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for *_, box in texts]).reshape(-1, 4),
         box_valid=torch.tensor([box is not None for *_, box in texts], dtype=torch.bool),
         keys=tuple(sample.key for sample in samples),
+        sample_id=torch.tensor([sample_id(source, sample.key) for sample in samples], dtype=torch.int64),
         source=source,
     )
 

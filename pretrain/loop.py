@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -105,7 +104,7 @@ def _loader(training: Training, stretch: Stretch) -> Loader:
         batch=stretch.stage.batch,
         rank=ranks.rank,
         ranks=ranks.world,
-        micro_batches=stretch.stage.micro_batches,
+        micro_batches=training.setup.wrapped.micro_batches or stretch.stage.micro_batches,
         resolution=stretch.stage.resolution,
         train=True,
         threads=run.loader_threads,
@@ -195,11 +194,6 @@ def _sample_ids(batches: Sequence[Batch], ranks: Ranks) -> Tensor:
     """(G,) int64 hashes of sources and keys of the global batch, in order: source by source."""
     parts: list[Tensor] = []
     for source in dict.fromkeys(batch.source for batch in batches):
-        # Shards of two sources may have the same names, and so their samples.
-        names = [f"{source}\0{key}" for batch in batches if batch.source == source for key in batch.keys]
-        hashes = [
-            int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "little") >> 1 for n in names
-        ]
-        ids = torch.tensor(hashes, dtype=torch.int64, device=ranks.device)
+        ids = torch.cat([batch.sample_id for batch in batches if batch.source == source])
         parts.append(count_rows(len(ids), ranks.group, ranks.device).gather(ids))
     return torch.cat(parts)

@@ -224,4 +224,5 @@ def join(batches: Sequence[Batch]) -> Batch:
         boxes=together("boxes"),
         box_valid=together("box_valid"),
         keys=tuple(key for batch in batches for key in batch.keys),
+        sample_id=together("sample_id"),
     )

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from datasets.batch import Batch
+from datasets.batch import Batch, sample_id
 from datasets.order import share
 from datasets.scenes import Scenes
 from datasets.tokens import TrainedBPE
@@ -233,6 +233,7 @@ def make_samples(count: int, *, seed: int = 0, vocabulary: int = 20) -> list[Bat
                 boxes=torch.zeros(texts, 4),
                 box_valid=torch.zeros(texts, dtype=torch.bool),
                 keys=(f"sample/{place}",),
+                sample_id=torch.tensor([sample_id(f"seed {seed}", f"sample/{place}")]),
             )
         )
     return samples
@@ -257,6 +258,7 @@ def merge(samples: Sequence[Batch]) -> Batch:
         boxes=torch.cat([s.boxes for s in samples]),
         box_valid=torch.cat([s.box_valid for s in samples]),
         keys=tuple(key for s in samples for key in s.keys),
+        sample_id=torch.cat([s.sample_id for s in samples]),
     )
 
 

@@ -51,6 +51,7 @@ def batch_of(image_index, text_id=None, *, images: int, masked_images=(), masked
         boxes=torch.zeros(texts, 4),
         box_valid=torch.zeros(texts, dtype=torch.bool),
         keys=(),
+        sample_id=torch.arange(images),
     )
 
 

@@ -107,6 +107,7 @@ def captions(lengths=(9, 4, 12, 6)) -> Batch:
         boxes=torch.zeros(count, 4),
         box_valid=~valid,
         keys=tuple(map(str, range(count))),
+        sample_id=torch.arange(count),
     )
 
 

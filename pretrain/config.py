@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from datasets.views import Augment
 from datasets.weights import weight_at
 from objectives.base import Objective
 from pretrain.coupled import Pool
+from pretrain.elastic import check_lanes
 from pretrain.optim import Optim
 from pretrain.precision import Precision
 from pretrain.quarantine import Budget
@@ -78,11 +80,11 @@ class Eval:
     """Samples of --val that are looked at, the same ones each time; 0 for all."""
     batch: int = 256
     """Images that a rank encodes at a time."""
-
-
     rerank: int = 16
     """With an objective that tells matching pairs from others: the nearest answers of a query of retrieval
     that it puts into a new order; 0 for none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that decides a run. Written to RUN_DIR/run.yaml; `--recipe RUN_DIR/run.yaml` repeats it."""
@@ -107,6 +109,9 @@ class Run:
     """Stages in the order they are trained."""
     precision: Precision = field(default_factory=Precision)
     """Arithmetic."""
+    deterministic: Literal["resumed", "elastic"] = "resumed"
+    """How far the same command gives the same bits: killed and resumed on as many ranks, or elastic, on any
+    number of ranks that divides --shuffle.lanes. Elastic works lane by lane, whatever the ranks."""
     cadence: Cadence = field(default_factory=Cadence)
     """Reports and checkpoints."""
     eval: Eval = field(default_factory=Eval)
@@ -118,7 +123,7 @@ class Run:
     remote: Remote = field(default_factory=Remote)
     """How shards of a network are fetched."""
     bad: Budget = field(default_factory=Budget)
-    """How many samples may be unreadable before the run stops."""
+    """How many samples may be unreadable, and steps not finite, before the run stops."""
     seed: int = 0
     """Key of the order, the views and the initial weights."""
 
@@ -133,6 +138,9 @@ class Run:
         if not self.stages:
             raise UserError("a run needs at least one stage")
         self.model.check()
+        if self.deterministic == "elastic":
+            for stage in self.stages.values():
+                check_lanes(stage.batch, stage.micro_batches, self.shuffle.lanes)
         self.wandb.wanted()
         for name, objective in self.objectives.items():
             if hasattr(nn.ModuleDict, name):
@@ -151,6 +159,7 @@ class Run:
             "--eval.every": (self.eval.every, 0),
             "--eval.limit": (self.eval.limit, 0),
             "--eval.batch": (self.eval.batch, 1),
+            "--eval.rerank": (self.eval.rerank, 0),
             "--cadence.keep": (self.cadence.keep, 2),  # the newest may be cut short by a crash
             "--seed": (self.seed, 0),
             "--precision.threads": (self.precision.threads, 0),
@@ -159,7 +168,6 @@ class Run:
         for flag, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{flag} is {value}; it must be at least {bound}")
-            "--eval.rerank": (self.eval.rerank, 0),
 
     def _check_sources(self) -> None:
         if not self.sources:

@@ -32,16 +32,15 @@ Gradient = list[Tensor | None]
 """Of each parameter, in their order; None where nothing reached it."""
 
 
-def check_lanes(*, lanes: int, batch: int, micro_batches: int, ranks: int) -> None:
-    """Refuse what cannot be cut into lanes of one shape.
+def check_lanes(batch: int, micro_batches: int, lanes: int) -> None:
+    """Refuse a batch that cannot be cut into lanes of one shape.
 
     Raises:
         UserError: names the flag.
     """
-    if lanes & (lanes - 1) or lanes % ranks:
+    if lanes & (lanes - 1):
         raise UserError(
-            f"--deterministic elastic shares --shuffle.lanes {lanes} among {ranks} ranks: it takes a power "
-            "of two of lanes, and ranks that divide it"
+            f"--deterministic elastic adds --shuffle.lanes {lanes} up in pairs: take a power of two of them"
         )
     if batch % lanes:
         raise UserError(
@@ -55,16 +54,30 @@ def check_lanes(*, lanes: int, batch: int, micro_batches: int, ranks: int) -> No
         )
 
 
+def check_ranks(lanes: int, ranks: int) -> None:
+    """Refuse ranks that would hold unequal numbers of lanes.
+
+    Raises:
+        UserError: names the flag and both numbers.
+    """
+    if lanes % ranks:
+        raise UserError(
+            f"--deterministic elastic shares --shuffle.lanes {lanes} among {ranks} ranks: take a number of "
+            "ranks that divides them"
+        )
+
+
 class Elastic(Wrapped):
     """A pretrainer whose gradients and losses have the same bits on 1, 2, 4, ... ranks."""
 
     def __init__(self, pretrainer: Pretrainer, ranks: Ranks, *, lanes: int) -> None:
+        """Take it over, where `check_ranks` lets it pass."""
         super().__init__(pretrainer, ranks)
         # What lanes say together is said as on one rank, and pushing a lane asks nothing of others.
         pretrainer.group = None
         self.always_circles, self.lends_pull = True, False
         self._parameters = list(pretrainer.parameters())
-        self._lanes = lanes // ranks.world
+        self.micro_batches = self._lanes = lanes // ranks.world
         self._leaves: list[tuple[int, Gradient]] = []
 
     def ordered(self, batches: Sequence[Batch]) -> list[Batch]:

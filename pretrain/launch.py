@@ -22,6 +22,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
+from pretrain.flops import matmul_peak
 from pretrain.finish import is_finished, show
 from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
@@ -69,7 +70,10 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         during.check(training)
         measured = ranks.group is None and ranks.device.type == "cpu"
         step = rehearsal(training) if measured else None
-        settle_threads(run.precision.threads, kept=rundir.threads, step=step)
+        threads = run.precision.threads or int(run.deterministic == "elastic")  # bits follow their number
+        settle_threads(threads, kept=rundir.threads, step=step)
+        training.stopwatch.peak = matmul_peak(training.setup.compute)
+        training.stopwatch.take()  # what was rehearsed was no step
         training.clock = Clock()
         outcome = train(training, preemption)
         show(training)

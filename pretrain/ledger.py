@@ -5,11 +5,13 @@
 
 SAMPLES is a hash of the keys of the global batch in order, LOSS and NORM the bits of a float64, RANKS the
 number of processes. After a resume the steps since the checkpoint are executed again: the same samples are
-promised on any number of ranks, the same bits on the same number. Only rank zero writes.
+promised on any number of ranks, the same bits on the same number (in elastic runs on any). Only rank zero
+writes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -23,9 +25,15 @@ _LINE = re.compile(rb"(\d+) \d+ [0-9a-f]{16} [0-9a-f]{16} [0-9a-f]{16}")
 class Ledger:
     """An append-only text file. Lines reach the operating system at once: a killed process loses none."""
 
-    def __init__(self, path: Path, *, ranks: int = 1) -> None:
-        """Read what stands there; a last line torn by a crash is cut off."""
-        self._ranks = ranks
+    def __init__(self, path: Path, *, ranks: int = 1, elastic: bool = False) -> None:
+        """Read what stands there; a last line torn by a crash is cut off.
+
+        Args:
+            path: the file.
+            ranks: how many processes train now.
+            elastic: whether the bits are promised on any number of them.
+        """
+        self._ranks, self._elastic = ranks, elastic
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
         content = self._file.read()
@@ -49,7 +57,7 @@ class Ledger:
         line = f"{step} {self._ranks} {_hash(samples)} {_bits(loss)} {_bits(norm)}"
         before = self._lines.get(step)
         if before is not None:
-            return _difference(before, line)
+            return _difference(before, line, elastic=self._elastic)
         self._lines[step] = line
         self._file.write(f"{line}\n".encode())
         return None
@@ -92,20 +100,21 @@ def _hash(samples: Sequence[str]) -> str:
 
 
 def _bits(value: float) -> str:
-    return struct.pack(">d", value).hex()
+    # There are many bit patterns of NaN, of which hardware may give this one or that.
+    return struct.pack(">d", math.nan if math.isnan(value) else value).hex()
 
 
 def _value(bits: str) -> float:
     return struct.unpack(">d", bytes.fromhex(bits))[0]
 
 
-def _difference(before: str, now: str) -> str | None:
+def _difference(before: str, now: str, *, elastic: bool) -> str | None:
     step, ranks, samples, *floats = before.split()
     _, ranks_now, samples_now, *floats_now = now.split()
     parts: list[str] = []
     if samples != samples_now:
         parts.append(f"its samples are others (hash {samples} then, {samples_now} now)")
-    if ranks == ranks_now:
+    if elastic or ranks == ranks_now:
         parts += [
             f"its {name} is {_value(b)!r}, where it was {_value(a)!r}"
             for name, a, b in zip(("loss", "gradient norm"), floats, floats_now, strict=True)

@@ -21,10 +21,12 @@ from objectives.gather import count_rows
 from pretrain.curriculum import Stretch
 from pretrain.distributed import Ranks
 from pretrain.evaluate import during
+from pretrain.faults import Fault, is_fit
 from pretrain.optim import set_rate
 from pretrain.preempt import Preemption
 from pretrain.reports import report
 from pretrain.saving import save
+from pretrain.skipping import answer, check_sound
 from pretrain.step import Agreed, agree, backward, train_step
 from pretrain.training import Training
 
@@ -41,21 +43,31 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 with training.clock.waiting(cold=step == first):
                     portion = next(portions)
                 batches = [batch.to(training.ranks.device) for batch in portion.batches]
-                asking = {"stop": float(preemption.requested is not None), "masked": len(portion.masked)}
+                asking = {
+                    "stop": float(preemption.requested is not None),
+                    "masked": len(portion.masked),
+                    "unfit": sum(not is_fit(batch) for batch in portion.batches),
+                }
                 agreed = agree(training.setup, batches, asking=asking)
                 if agreed.sums["stop"]:
+                    check_sound(training, stretch)
                     save(training)
                     return "interrupted"
                 faults = _set_aside(training, portion.masked, agreed, stretch)
-                _one_step(training, stretch, portion, batches, agreed)
-                _advance(training, stretch, portion, faults)
+                fault = _one_step(training, stretch, portion, batches, agreed)
+                _advance(training, stretch, portion, faults, fault)
+                if fault is not None:
+                    answer(training, stretch, batches, fault)
 
                 # Once in a while.
                 done = step + 1
                 judged = during.is_due(training, done)
                 if judged or done % training.run.cadence.report == 0 or done == stretch.last:
-                    report(training, stretch)
-                if judged or done % training.run.cadence.checkpoint == 0:
+                    report(training)
+                # In a streak of skipped steps the checkpoint before it stays the newest.
+                due = done % training.run.cadence.checkpoint == 0 and not training.standing.streak
+                if judged or due:
+                    check_sound(training, stretch)
                     save(training)
                 if judged:
                     during.evaluate(training)
@@ -116,23 +128,29 @@ def _loader(training: Training, stretch: Stretch) -> Loader:
 
 def _one_step(
     training: Training, stretch: Stretch, portion: Portion, batches: Sequence[Batch], agreed: Agreed
-) -> None:
+) -> Fault | None:
+    """Take it; why it was skipped instead, if it was."""
     run, stage, ranks, step = training.run, stretch.stage, training.ranks, portion.step
     set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
-    done = train_step(
-        training.setup,
-        batches,
-        training.optimizer,
-        counts=agreed.counts,
-        weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
-        largest_norm=stage.optim.clip,
-        key=(run.seed, step),
-    )
+    with training.stopwatch.step(portion.batches):
+        done = train_step(
+            training.setup,
+            batches,
+            training.optimizer,
+            counts=agreed.counts,
+            weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
+            largest_norm=stage.optim.clip,
+            key=(run.seed, step),
+            unfit=agreed.sums["unfit"] > 0,
+        )
     training.pending.append((step + 1, _sample_ids(batches, ranks), done))
+    return done.fault
 
 
-def _advance(training: Training, stretch: Stretch, portion: Portion, faults: Counter[str]) -> None:
-    """The step is done: what it used is used."""
+def _advance(
+    training: Training, stretch: Stretch, portion: Portion, faults: Counter[str], fault: Fault | None
+) -> None:
+    """The step is done: what it used is used, also where it was skipped."""
     standing = training.standing
     training.standing = replace(
         standing,
@@ -140,6 +158,8 @@ def _advance(training: Training, stretch: Stretch, portion: Portion, faults: Cou
         samples=standing.samples + stretch.stage.batch,
         accounts=dict(portion.accounts),
         masked=dict(Counter(standing.masked) + faults),
+        skipped=dict(Counter(standing.skipped) + Counter([fault.kind] if fault else [])),
+        streak=standing.streak + 1 if fault else 0,
     )
     training.clock.step(stretch.stage.batch)
 

@@ -1,4 +1,17 @@
-"""How the pretrainer is wrapped for several ranks, in the one place where it is wrapped."""
+"""How a pretrainer is spread over processes and memory, in the one place where it is wrapped.
+
+The order, which is that of `wrap`, and of who calls it:
+
+    1. frozen: what does not train is marked so, and parameters are rounded to what they are kept in
+    2. activation checkpointing, of each block's forward
+    3. torch.compile, of each block's forward with its checkpointing
+    4. sharded block by block, or replicated
+    5. the optimizer is built on the parameters as they are now
+    6. a checkpoint is read into both
+
+Each step finds what the one before has made: what is compiled includes what is computed twice, FSDP2 gathers
+around both, and the optimizer sees shards. No step changes the name of a parameter.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +19,58 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.batch import Batch
+from datasets.errors import UserError
 from objectives.base import Pass, Terms
+from pretrain.blocks import blocks_of, compile_each, glances_of, recompute
 from pretrain.distributed import Ranks
 from pretrain.pretrainer import Pretrainer
 from pretrain.sums import add_terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How a run is spread over processes and memory. It changes no mathematics."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes, each has all parameters (ddp), or a part of each (fsdp: FSDP2)."""
+    shard: Literal["node", "all"] = "node"
+    """fsdp: parameters are shared among the processes of a machine and repeated on every machine, or shared
+    among all."""
+    offload: bool = False
+    """fsdp: parameters, gradients and moments wait in host memory, where the optimizer runs. On a CPU they
+    are there anyway."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block of a tower, and compute the rest again in the backward."""
+    compile: bool = False
+    """torch.compile each block of a tower; needs a C++ compiler."""
+
+    def check(self, optimizers: Mapping[str, str]) -> None:
+        """Refuse what does not go together.
+
+        Args:
+            optimizers: kind of each stage's optimizer.
+
+        Raises:
+            UserError: names the flag.
+        """
+        if self.parallel == "fsdp":
+            for stage, kind in optimizers.items():
+                if kind == "muon":
+                    raise UserError(
+                        f"--stages.{stage}.optim.kind muon needs whole matrices, and --parallel fsdp leaves "
+                        "each process a part of them: take adamw, or --parallel ddp"
+                    )
+            return
+        for flag, given in {"--offload": self.offload, "--shard all": self.shard == "all"}.items():
+            if given:
+                raise UserError(f"{flag} is about shards, and --parallel ddp has none: add --parallel fsdp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +97,8 @@ class Wrapped:
         """Whether the gradients of circles at parameters go through the last micro-batch's backward."""
         self.always_circles = False
         """Whether a micro-batch that is alone on its rank is coupled as several are."""
+        self.micro_batches: int | None = None
+        """Into how many a rank's part of a source has to be cut; None for as many as the stage says."""
         self._call: Callable[..., Any] = pretrainer
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -52,6 +108,14 @@ class Wrapped:
     def synchronised(self, now: bool) -> AbstractContextManager[None]:
         """Whether ranks exchange gradients inside: on the last micro-batch only; the sum is the same."""
         del now
+        return nullcontext()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, all parameters are here, and parts of the model may be run one by one (evaluation).
+
+        With shards this takes the memory of the whole model, though not of its gradients and moments. Every
+        rank enters and leaves together; inside it is on its own.
+        """
         return nullcontext()
 
     def ordered(self, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -104,6 +168,36 @@ class Replicated(Wrapped):
         return nullcontext() if now else self._ddp.no_sync()
 
 
-def wrap(pretrainer: Pretrainer, ranks: Ranks) -> Wrapped:
-    """DDP over the ranks; nothing for one."""
-    return Wrapped(pretrainer, ranks) if ranks.group is None else Replicated(pretrainer, ranks)
+def wrap(
+    pretrainer: Pretrainer, ranks: Ranks, spread: Spread | None = None, *, bf16: bool = False
+) -> Wrapped:
+    """Spread a pretrainer; the order is that of this module's docstring.
+
+    Args:
+        pretrainer: on this rank's device; changed in place.
+        ranks: one process needs no wrapper.
+        spread: how; DDP and nothing else by default.
+        bf16: whether forwards run under bf16 autocast.
+
+    Raises:
+        UserError: one process cannot be spread as it says.
+    """
+    spread = spread or Spread()
+    blocks = blocks_of(pretrainer.model)
+    if spread.activation_checkpointing:
+        recompute(blocks)
+    if spread.compile:
+        compile_each(blocks)
+    if ranks.group is None:
+        if spread.offload:
+            raise UserError(
+                "--offload is for the shards of several processes, and this is one: leave it out, or start "
+                "more with torchrun"
+            )
+        return Wrapped(pretrainer, ranks)
+    if spread.parallel == "fsdp":
+        from pretrain.sharded import Sharded
+
+        units = [*glances_of(pretrainer.model), *blocks]
+        return Sharded(pretrainer, ranks, units=units, spread=spread, bf16=bf16)
+    return Replicated(pretrainer, ranks)

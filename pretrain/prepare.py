@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from pretrain import checkpoint, runfile
+from pretrain import checkpoint, elastic, runfile
 from pretrain.bottleneck import Setting, cache_warnings
 from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command
+from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
@@ -20,17 +21,19 @@ from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known, unlike_kept
 from pretrain.optim import build_optimizer
-from pretrain.parallel import wrap
+from pretrain.parallel import Wrapped, wrap
 from pretrain.precision import compute_for
+from pretrain.pretrainer import Pretrainer
 from pretrain.quarantine import Quarantine, put_away
 from pretrain.rundir import RunDir, open_run, record
 from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
-from pretrain.sinks.jsonl import JsonLines
+from pretrain.sinks.jsonl import JsonLines, cut
 from pretrain.sinks.mirrored import Mirrored
 from pretrain.starts import record_start
 from pretrain.state import Standing, restore
 from pretrain.step import Setup
+from pretrain.stopwatch import Stopwatch
 from pretrain.training import Training
 
 
@@ -54,10 +57,9 @@ def build(
     optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
-        saved = found.load()
-        before = Standing.of(saved.state)
+        before = Standing.of(found.state())
         standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
-        restore(saved.tensors, pretrainer, optimizer)
+        restore(found.tensors(), pretrainer, optimizer)
     else:
         differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
     changed = list(dict.fromkeys([*changed, *differing]))
@@ -65,18 +67,21 @@ def build(
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 
     setting = Setting.of(run, data.feeds, ranks)
+    stopwatch = Stopwatch(ranks.device)
+    stopwatch.attach(pretrainer)
     training = Training(
         run=run,
         feeds=data.feeds,
         val=data.val,
         tokenizer=tokenizer,
         pretrainer=pretrainer,
-        setup=Setup(wrapped=wrap(pretrainer, ranks), compute=compute, pool=run.pool),
+        setup=Setup(wrapped=_wrap(run, pretrainer, ranks), compute=compute, pool=run.pool, watch=stopwatch),
         optimizer=optimizer,
         curriculum=curriculum,
         ranks=ranks,
         rundir=rundir,
         standing=standing,
+        stopwatch=stopwatch,
         health=Health(data.meter, setting, ranks, accounts=standing.accounts),
     )
     if ranks.zero:
@@ -91,6 +96,13 @@ def build(
     ]:
         training.sink.note(message)
     return training
+
+
+def _wrap(run: Run, pretrainer: Pretrainer, ranks: Ranks) -> Wrapped:
+    if run.deterministic != "elastic":
+        return wrap(pretrainer, ranks)
+    ranks.on_zero(lambda: elastic.check_ranks(run.shuffle.lanes, ranks.world))
+    return elastic.Elastic(pretrainer, ranks, lanes=run.shuffle.lanes)
 
 
 def _resume(
@@ -119,7 +131,7 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
         training.standing = standing.listing_anew()  # only rank zero judges, and saves
     training.quarantine = Quarantine(rundir.quarantine, run.bad, samples_of=data.samples_of)
     stack.callback(training.quarantine.close)
-    training.ledger = Ledger(rundir.ledger, ranks=ranks.world)
+    training.ledger = Ledger(rundir.ledger, ranks=ranks.world, elastic=run.deterministic == "elastic")
     stack.callback(training.ledger.close)
     training.starts = record_start(
         rundir.starts,
@@ -132,6 +144,7 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
     if changed:
         training.ledger.forget(after=standing.step)
     screen = console(sys.stdout, total=training.curriculum.steps, done=standing.step)
+    cut(rundir.faults, after=standing.step)
     sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
     if run.wandb.wanted() != "disabled":
         sinks.append(Mirrored(rundir, say=screen.note))

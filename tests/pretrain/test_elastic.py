@@ -1,38 +1,43 @@
 """Losses, gradients and weights have the same bits on 1, 2 and 4 ranks."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from datasets.batch import Batch
 from datasets.errors import UserError
 from objectives import OBJECTIVES
 from pretrain.coupled import Pool
 from pretrain.distributed import Ranks
-from pretrain.elastic import Elastic, check_lanes
+from pretrain.elastic import Elastic, check_lanes, check_ranks
 from pretrain.parallel import wrap
 from pretrain.precision import Compute
 from pretrain.step import Setup, agree, train_step
-from pretrain.testing import make_samples, merge, split, tiny_pretrainer
+from pretrain.testing import make_samples, split, tiny_pretrainer
 
 LANES = 8
 EVERY = tuple(OBJECTIVES)
-from dataclasses import replace
 
 
-def lanes_of(source: str, seed: int, ranks: Ranks) -> list:
+def lanes_of(source: str, seed: int, ranks: Ranks) -> list[Batch]:
     pieces = split(make_samples(40, seed=seed), ranks, LANES // ranks.world)
     return [replace(piece, source=source) for piece in pieces]
 
 
-def trained(ranks: Ranks, kinds: tuple[str, ...], pool: Pool, elastic: bool = True) -> tuple[list, list]:
-    """Bits of what was reported in eight steps of two sources, and of the weights after them."""
+def trained(
+    ranks: Ranks, kinds: Sequence[str], pool: Pool = "source", elastic: bool = True
+) -> tuple[list[dict[str, float]], list[float]]:
+    """What was reported of five steps of two sources, and the weights after them."""
     feeds = {"one": kinds, "two": kinds}
     pretrainer = tiny_pretrainer(kinds, ranks.group, dropout=0.3, feeds=feeds).float()
     wrapped = Elastic(pretrainer, ranks, lanes=LANES) if elastic else wrap(pretrainer, ranks)
     setup = Setup(wrapped=wrapped, compute=Compute(device=ranks.device, bf16=False), pool=pool)
     optimizer = torch.optim.AdamW(pretrainer.parameters(), lr=0.02)
     said = []
-    for step in range(8):
+    for step in range(5):
         batches = lanes_of("one", 2 * step, ranks)
         if step % 3:
             batches += lanes_of("two", 2 * step + 1, ranks)
@@ -49,10 +54,38 @@ def trained(ranks: Ranks, kinds: tuple[str, ...], pool: Pool, elastic: bool = Tr
     return said, nn.utils.parameters_to_vector(pretrainer.parameters()).tolist()
 
 
-@pytest.mark.parametrize("pool_of", ["source", "all"])
-@pytest.mark.parametrize("kinds", [*((kind,) for kind in OBJECTIVES), EVERY], ids="+".join)
-def test_every_bit_is_the_same_on_any_number_of_ranks(pool, kinds, pool_of):
-    alone, *_ = pool.run(trained, 1, kinds=kinds, pool=pool_of)
+def check_bits(pool, **arguments) -> tuple[list[dict[str, float]], list[float]]:
+    (alone,) = pool.run(trained, 1, **arguments)
     for world in (2, 4):
-        for found in pool.run(trained, world, kinds=kinds, pool=pool_of):
+        for found in pool.run(trained, world, **arguments):
             assert found == alone
+    return alone
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_bit_is_the_same_on_any_number_of_ranks(pool, kind):
+    check_bits(pool, kinds=(kind,))
+
+
+@pytest.mark.parametrize("pool_of", ["source", "all"])
+def test_so_it_is_of_all_objectives_together(pool, pool_of):
+    said, _ = check_bits(pool, kinds=EVERY, pool=pool_of)
+    assert {f"loss/{kind}" for kind in EVERY} <= said[0].keys()
+
+
+def test_without_lanes_the_bits_differ(pool):
+    """What the promise is worth: the same steps under DDP."""
+    (alone,) = pool.run(trained, 1, kinds=("itc", "lm"), elastic=False)
+    assert pool.run(trained, 4, kinds=("itc", "lm"), elastic=False)[0] != alone
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [((128, 1, 6), "power of two"), ((100, 1, 8), "multiple of the lanes"), ((128, 2, 8), "micro-batches")],
+)
+def test_what_cannot_be_cut_into_lanes_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        check_lanes(*given)
+    check_lanes(128, 1, 8)
+    with pytest.raises(UserError, match="number of ranks that divides them"):
+        check_ranks(8, 3)

@@ -241,6 +241,23 @@ def test_on_two_ranks_all_along_the_ledger_is_that_of_two_ranks_to_the_bit(oracl
     assert samples_of(out) == samples_of(oracle)
 
 
+def test_elastic_on_other_ranks_every_step_has_the_bits_of_the_oracle(flags, tmp_path):
+    """Three sources, killed on one rank, resumed on four and then on two."""
+    flags = f"{flags} --deterministic elastic"
+    straight = Program(tmp_path / "straight", flags, ranks=1)
+    assert straight.wait() == launch.DONE, straight.said
+    out = tmp_path / "run"
+    killed_and_resumed(out, flags, [1, 4, 2])
+    assert bits_of(out) == bits_of(straight.out)
+    assert len(bits_of(out)) == STEPS
+
+
+def bits_of(out: Path) -> list[list[str]]:
+    """Of each line of the ledger, all but the number of ranks."""
+    lines = (line.split() for line in (out / "ledger").read_text().splitlines())
+    return [[step, *bits] for step, _, *bits in lines]
+
+
 def test_damaged_samples_are_masked_where_they_stand_whatever_is_killed(oracle, flags, members, tmp_path):
     """Bad before they were indexed or after: no other slot changes, and each is listed once."""
     folder = shutil.copytree(corpus_of(flags), tmp_path / "corpus")

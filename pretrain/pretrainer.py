@@ -17,13 +17,15 @@ from torch.distributed import ProcessGroup
 
 from datasets.batch import Batch
 from objectives.base import Objective, Pairs, Pass, Terms
+from pretrain.apart import alone, finite_by_sample
 from pretrain.encodings import ModelEncodings
 from pretrain.zoo.dual import Dual, check_served
 
-Phase = Literal["encode", "couple", "push"]
+Phase = Literal["encode", "couple", "push", "inspect"]
 """encode: only the passes of coupled objectives, no gradient.
 couple: coupled objectives on the encodings of several micro-batches together.
-push: objectives to which this micro-batch alone is the truth, and the gradients that `couple` gave."""
+push: objectives to which this micro-batch alone is the truth, and the gradients that `couple` gave.
+inspect: which samples have encodings and losses, of their own, that are not finite; no gradient."""
 
 
 class Outcome(NamedTuple):
@@ -106,7 +108,8 @@ class Pretrainer(nn.Module):
         given: Mapping[Pass, Tensor] | None = None,
         pairs: Mapping[str, Pairs] | None = None,
         pull: Mapping[str, Tensor] | None = None,
-    ) -> Outcome | Coupling | dict[Pass, Tensor]:
+        rounds: int = 0,
+    ) -> Outcome | Coupling | dict[Pass, Tensor] | dict[str, Tensor]:
         """One phase over one micro-batch.
 
         Args:
@@ -121,9 +124,11 @@ class Pretrainer(nn.Module):
             pairs: of `push`, what objectives that draw have drawn for this micro-batch; what is not there
                 is drawn from this micro-batch alone.
             pull: of `push`, once a step: the gradients that `couple` gave to parameters of its own, by name.
+            rounds: of `inspect`, the samples of the largest micro-batch of any rank.
 
         Returns:
-            Of `encode`, the coupled passes; of `couple`, a Coupling; of `push`, an Outcome.
+            Of `encode`, the coupled passes; of `couple`, a Coupling; of `push`, an Outcome; of `inspect`,
+            (S,) bool by what was looked at: whether that of each sample is finite.
         """
         encodings = ModelEncodings(
             self.model,
@@ -137,6 +142,8 @@ class Pretrainer(nn.Module):
             return {wanted: encodings[wanted] for wanted in self.coupled(names)}
         if phase == "couple":
             return self._couple(encodings, batch, names, factors)
+        if phase == "inspect":
+            return self._inspect(encodings, batch, names, rounds)
         terms = {name: self._say(name, encodings, batch, (pairs or {}).get(name)) for name in names}
         total = self._weighted(terms, factors)
         # A term whose gradient is the known one: the wrapper sees every parameter inside its forward.
@@ -171,6 +178,33 @@ class Pretrainer(nn.Module):
             pairs=pairs,
         )
 
+    def _inspect(
+        self, encodings: ModelEncodings, batch: Batch, names: Sequence[str], rounds: int
+    ) -> dict[str, Tensor]:
+        passes = dict.fromkeys(wanted for name in names for wanted in self.objectives[name].passes)
+        given = {wanted: encodings[wanted] for wanted in passes if wanted.what != "fused"}
+        found: dict[str, Tensor] = {}
+        for wanted, rows in given.items():
+            found[f"{wanted.what} encoding"] = finite_by_sample(
+                rows, batch, of="image" if wanted.run[0] == "image" else "text"
+            )
+        for name in names:
+            if batch.keys and not self._draws(name):  # a sample alone has no others to draw from
+                # As often as on the other ranks: a wrapper may lend a head's parameters at each call.
+                places = [min(place, len(batch.keys) - 1) for place in range(rounds)]
+                losses = [self._loss_alone(name, encodings.key, batch, place, given) for place in places]
+                found[f"loss of {name}"] = torch.stack(losses[: len(batch.keys)]).isfinite()
+        return found
+
+    def _loss_alone(
+        self, name: str, key: tuple[int, ...], batch: Batch, place: int, given: Mapping[Pass, Tensor]
+    ) -> Tensor:
+        """() the loss of one sample as if there were no other."""
+        one, rows = alone(batch, place)
+        its = {at: value[rows["image" if at.run[0] == "image" else "text"]] for at, value in given.items()}
+        encodings = ModelEncodings(self.model, one, group=None, key=key, given=its)
+        return self.objectives[name](encodings, one).total
+
     def _draws(self, name: str) -> bool:
         return self.objectives[name].draws
 
@@ -179,6 +213,8 @@ class Pretrainer(nn.Module):
         if not objective.draws:
             return objective(encodings, batch)
         if pairs is None:
+            for wanted in objective.coupled:  # kept as others read it too, with its graph
+                _ = encodings[wanted]
             with torch.no_grad():
                 pairs = objective.draw(encodings, batch)
         return objective(encodings, batch, pairs)

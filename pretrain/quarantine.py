@@ -35,19 +35,23 @@ _WORST = 20  # shards in the report
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many samples may be unusable before a run stops: a share, or 0, where the first stops it."""
+    """How much may be unusable before a run stops: shares of samples (at 0 the first stops it), and steps."""
 
     overall: float = 0.02
     """Share of the samples read since the list began, once they are 1,000 (at 0: of any)."""
     shard: float = 0.2
     """Share of one shard's samples, once 10 of them are bad (at 0: one)."""
+    steps: int = 8
+    """Steps in a row that are skipped because a loss, a gradient or an input is not finite."""
 
     def check(self) -> None:
-        """Refuse what is no share.
+        """Refuse what is no share, and no number of steps.
 
         Raises:
-            UserError: a budget is not within 0 to 1.
+            UserError: a share is not within 0 to 1, or there is not one step.
         """
+        if self.steps < 1:
+            raise UserError(f"--bad.steps is {self.steps}; it must be at least 1")
         for name in ("overall", "shard"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -4,7 +4,7 @@ RUN_DIR/
     run.yaml        the resolved run; its first line is a comment with the identity
     lock            held, with the process's id inside, while it trains
     metrics.jsonl   ledger   starts.jsonl   tokenizer.json   threads
-    quarantine.jsonl   quarantine.txt   quarantine.N.jsonl   manifests/
+    quarantine.jsonl   quarantine.txt   quarantine.N.jsonl   manifests/   faults.jsonl
     checkpoints/   plots/   samples/   evaluations/   wandb/   report.html
 """
 
@@ -51,6 +51,11 @@ class RunDir:
     def quarantine(self) -> Path:
         """One JSON object per sample that could not be read."""
         return self.root / "quarantine.jsonl"
+
+    @property
+    def faults(self) -> Path:
+        """One JSON object per step that was skipped."""
+        return self.root / "faults.jsonl"
 
     @property
     def plots(self) -> Path:

@@ -28,7 +28,7 @@ class JsonLines:
             path: created if it is not there.
             after: the step the run goes on from. Later records are superseded: they are cut off.
         """
-        _cut(path, after)
+        cut(path, after=after)
         self._file = path.open("ab", buffering=0)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -54,7 +54,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _cut(path: Path, after: int) -> None:
+def cut(path: Path, *, after: int) -> None:
     """Keep the records up to a step. The old file stands until the new one is whole."""
     if not path.exists():
         return

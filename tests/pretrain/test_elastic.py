@@ -28,13 +28,18 @@ def lanes_of(source: str, seed: int, ranks: Ranks) -> list[Batch]:
 
 
 def trained(
-    ranks: Ranks, kinds: Sequence[str], pool: Pool = "source", elastic: bool = True
+    ranks: Ranks,
+    kinds: Sequence[str],
+    whose: Pool = "source",
+    elastic: bool = True,
+    dropout: float = 0.3,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[list[dict[str, float]], list[float]]:
     """What was reported of five steps of two sources, and the weights after them."""
     feeds = {"one": kinds, "two": kinds}
-    pretrainer = tiny_pretrainer(kinds, ranks.group, dropout=0.3, feeds=feeds).float()
+    pretrainer = tiny_pretrainer(kinds, ranks.group, dropout=dropout, feeds=feeds).to(precision)
     wrapped = Elastic(pretrainer, ranks, lanes=LANES) if elastic else wrap(pretrainer, ranks)
-    setup = Setup(wrapped=wrapped, compute=Compute(device=ranks.device, bf16=False), pool=pool)
+    setup = Setup(wrapped=wrapped, compute=Compute(device=ranks.device, bf16=False), pool=whose)
     optimizer = torch.optim.AdamW(pretrainer.parameters(), lr=0.02)
     said = []
     for step in range(5):
@@ -67,9 +72,9 @@ def test_every_bit_is_the_same_on_any_number_of_ranks(pool, kind):
     check_bits(pool, kinds=(kind,))
 
 
-@pytest.mark.parametrize("pool_of", ["source", "all"])
-def test_so_it_is_of_all_objectives_together(pool, pool_of):
-    said, _ = check_bits(pool, kinds=EVERY, pool=pool_of)
+@pytest.mark.parametrize("whose", ["source", "all"])
+def test_so_it_is_of_all_objectives_together(pool, whose):
+    said, _ = check_bits(pool, kinds=EVERY, whose=whose)
     assert {f"loss/{kind}" for kind in EVERY} <= said[0].keys()
 
 
@@ -77,6 +82,18 @@ def test_without_lanes_the_bits_differ(pool):
     """What the promise is worth: the same steps under DDP."""
     (alone,) = pool.run(trained, 1, kinds=("itc", "lm"), elastic=False)
     assert pool.run(trained, 4, kinds=("itc", "lm"), elastic=False)[0] != alone
+
+
+@pytest.mark.parametrize("whose", ["source", "all"])
+def test_it_trains_as_plain_steps_do(whose):
+    """Without dropout and in float64, the weights are those of steps without lanes."""
+    alone = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+    exact = {"kinds": EVERY, "whose": whose, "dropout": 0.0, "precision": torch.float64}
+    reports, weights = trained(alone, **exact)
+    plain, expected = trained(alone, **exact, elastic=False)
+    for one, other in zip(reports, plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+    assert weights == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from datasets.errors import UserError
 
@@ -90,6 +91,29 @@ class Ranks:
         if failure is not None:
             raise UserError(failure) if self.zero else SaidByRankZeroError(failure)
         return result
+
+
+def shard_mesh(ranks: Ranks, *, by_node: bool) -> DeviceMesh:
+    """The ranks as FSDP2 wants them: ("shard",), or ("replicate", "shard") with a row for each machine.
+
+    Args:
+        ranks: all of them; called by all at once.
+        by_node: whether machines are rows, where there are several with equally many processes, and more
+            than one each. Processes of a machine follow each other, as torchrun and srun number them.
+    """
+    assert ranks.group is not None
+    kind, members = ranks.device.type, dist.get_process_group_ranks(ranks.group)
+    beside = ranks.gather(torch.tensor([ranks.local], device=ranks.device)).flatten().tolist()
+    row = beside[0]
+    if not by_node or len(set(beside)) > 1 or not 1 < row < ranks.world or ranks.world % row:
+        return DeviceMesh.from_group(ranks.group, kind, mesh_dim_names=("shard",))
+    mesh = torch.tensor(members).view(-1, row)
+    groups: list[dist.ProcessGroup] = []
+    for lines in (mesh.T, mesh):
+        mine, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=_COLLECTIVE_TIMEOUT)
+        assert isinstance(mine, dist.ProcessGroup)
+        groups.append(mine)
+    return DeviceMesh.from_group(groups, kind, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 
 @contextmanager

@@ -60,11 +60,12 @@ class Optim:
 
 
 def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer over what trains, in three groups.
+    """The optimizer over what trains, in four groups.
 
     Matrices decay, and are what Muon turns into orthogonal updates. Tables of token embeddings decay too,
-    but their rows are looked up, not multiplied, and stay with AdamW, as do the vectors, positions and
-    temperatures, which do not decay. Muon is timm's, at AdamW's scale of learning rates.
+    but their rows are looked up, not multiplied, and stay with AdamW, as do the vectors and positions, and
+    the temperatures, which do not decay. These have a group of their own, because a fused step takes no
+    shards beside what is not sharded. Muon is timm's, at AdamW's scale of learning rates.
     """
     looked_up = {
         id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | VocabularyHead)
@@ -72,10 +73,13 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     matrices: list[nn.Parameter] = []
     tables: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    alone: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or name.endswith(_POSITIONS):
+        if parameter.numel() == 1:
+            alone.append(parameter)
+        elif parameter.ndim < 2 or name.endswith(_POSITIONS):
             plain.append(parameter)
         else:
             (tables if id(parameter) in looked_up else matrices).append(parameter)
@@ -83,6 +87,7 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         {"params": matrices, "decays": True},
         {"params": tables, "decays": True, "use_fallback": True},
         {"params": plain, "decays": False, "use_fallback": True},
+        {"params": alone, "decays": False, "use_fallback": True},
     ]
     if optim.kind == "muon":
         from timm.optim.muon import Muon

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +11,31 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from datasets.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Arithmetic of the forward and backward; parameters and optimizer stay float32."""
+    """Arithmetic of the forward and backward, and of what is kept."""
 
     autocast: Literal["auto", "bf16", "off"] = "auto"
-    """bf16 autocast: auto takes it where the hardware multiplies bfloat16 natively."""
+    """Mixed precision, products in bf16: auto takes it where the hardware multiplies bfloat16 natively."""
+    parameters: Literal["float32", "bf16"] = "float32"
+    """What parameters, gradients and moments are kept in; temperatures are float32 anyway. bf16 halves their
+    memory, and loses updates smaller than 1/256 of a weight: choose it where float32 does not fit."""
     threads: int = 0
     """Intra-op CPU threads of this process; 0 takes what is faster for this model and batch."""
+
+    def check(self) -> None:
+        """Refuse what cannot be computed.
+
+        Raises:
+            UserError: bf16 parameters without products in bf16.
+        """
+        if self.parameters == "bf16" and self.autocast == "off":
+            raise UserError(
+                "--precision.parameters bf16 needs products in bf16: leave --precision.autocast off out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +51,21 @@ class Compute:
         with ExitStack() as stack:
             if self.bf16:
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self.device.type == "cpu":
-                # The CPU kernel of scaled_dot_product_attention has a very slow bfloat16 backward.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(attention_kernels(self.device.type))
             yield
+
+
+def attention_kernels(kind: str) -> AbstractContextManager[object]:
+    """The kernels that torch's own attention chooses from on a kind of device."""
+    # The CPU kernel of scaled_dot_product_attention has a very slow bfloat16 backward.
+    return sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
+
+
+def keep_in_bf16(module: nn.Module) -> None:
+    """Round parameters to bf16; not those of one number: temperatures would move in steps of 3%."""
+    for parameter in module.parameters():
+        if parameter.numel() > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def choose_attention(module: nn.Module, device: torch.device) -> None:
@@ -62,5 +89,6 @@ def compute_for(precision: Precision, device: torch.device) -> Compute:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = precision.autocast == "bf16" or (precision.autocast == "auto" and native)
+    asked = "bf16" in (precision.autocast, precision.parameters)
+    wanted = asked or (precision.autocast == "auto" and native)
     return Compute(device=device, bf16=wanted)

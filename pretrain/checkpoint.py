@@ -1,47 +1,60 @@
 """What a run remembers on disk: written beside, hashed, renamed; found again only if every byte verifies.
 
     checkpoints/step-00000500/
-        model.safetensors  optimizer.safetensors    one file per group of tensors
+        model.safetensors  optimizer.safetensors    one file per group of tensors; where ranks share them, one
+        model-00001.safetensors ...                 for each rank that holds some (pieces.py)
         state.json                                  everything that is not a tensor
         manifest.json                               size and hash of each file above; written last
 
 No file is ever unpickled. A directory is complete from the moment it has its name: it is written as
-`step-NNNNNNNN.tmp-PID`, synced, and renamed. Only the process that holds the run directory's lock calls
-`save`, `find` and `prune`; any process may `load` what that one found.
+`step-NNNNNNNN.tmp-ATTEMPT`, synced, and renamed. Only the process that holds the run directory's lock calls
+`begin`, `commit`, `find` and `prune`; any rank may `write_part` in what it began, and read what it found.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from datasets.errors import UserError
+from pretrain.pieces import (
+    Entry,
+    Piece,
+    Saved,
+    digest,
+    file_name,
+    group_of,
+    readable,
+    serialised,
+    stage,
+    write,
+)
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What survives a round trip as it was; a tuple comes back as a list."""
 
-FORMAT = 1
-_digest = partial(hashlib.blake2b, digest_size=32)
+FORMAT = 2
+_READ = (1, FORMAT)  # the first knew no pieces
 
 
 class Contents(NamedTuple):
     """What a checkpoint holds."""
 
     tensors: dict[str, dict[str, Tensor]]
-    """Group, then name, to a tensor in host memory."""
+    """Group, then name, to a whole tensor in host memory."""
     state: dict[str, Any]
     """The JSON that was saved beside them."""
 
@@ -54,25 +67,26 @@ class Checkpoint:
     step: int
     """Optimizer steps done when it was saved."""
 
+    def state(self) -> dict[str, Any]:
+        """The JSON that was saved beside the tensors."""
+        with readable(self.folder):
+            return json.loads((self.folder / "state.json").read_bytes())
+
+    def tensors(self) -> dict[str, Saved]:
+        """Group to its tensors, of which each rank reads what it needs."""
+        groups = sorted({group_of(path) for path in self.folder.glob("*.safetensors")})
+        return {group: Saved(self.folder, group) for group in groups}
+
     def load(self) -> Contents:
-        """Read it into fresh memory; nothing stays tied to the files."""
-        try:
-            tensors = {
-                path.stem: {name: tensor.clone() for name, tensor in safetensors.load_file(path).items()}
-                for path in sorted(self.folder.glob("*.safetensors"))
-            }
-            state = json.loads((self.folder / "state.json").read_bytes())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"the checkpoint {self.folder} cannot be read ({error}): move it away to use the one before"
-            ) from error
-        return Contents(tensors, state)
+        """Read all of it into fresh memory; nothing stays tied to the files."""
+        tensors = {group: saved.load() for group, saved in self.tensors().items()}
+        return Contents(tensors, self.state())
 
 
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]
 ) -> Path:
-    """Write the checkpoint of a step, all or nothing, and return its directory.
+    """Write the checkpoint of a step, all or nothing, and return its directory: what one process does.
 
     A checkpoint of the same step that verifies is kept as it is; one that does not is set aside. Tensors
     that share memory (tied weights, views) are each saved in full, under each of their names: loading
@@ -87,34 +101,113 @@ def save(
     Raises:
         UserError: the directory cannot be written; what stood there before is untouched.
     """
-    target = folder / f"step-{step:08d}"
-    beside = folder / f"{target.name}.tmp-{os.getpid()}"
-    remembered = json.dumps(state, indent=1).encode()
+    beside = begin(folder, step)
+    if beside is None:
+        return folder / _name(step)
     try:
+        with _told(folder, step):
+            staged = {group: stage(named, zero=True) for group, named in tensors.items()}
+            return commit(beside, write_part(beside, staged, rank=0, state=state))
+    except BaseException:
+        drop(beside)
+        raise
+
+
+def begin(folder: Path, step: int) -> Path | None:
+    """Make the directory that the ranks write the checkpoint of a step in; None if a good one stands there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    target = folder / _name(step)
+    with _told(folder, step):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(folder)
         if target.exists():
             if _fault(target) is None:
-                return target
+                return None
             _set_aside(target)
+        # A process that was thought dead may still write in that of another attempt.
+        beside = folder / f"{target.name}.tmp-{secrets.token_hex(4)}"
         beside.mkdir()
-        files = {
-            f"{group}.safetensors": _write(beside / f"{group}.safetensors", _serialised(named))
-            for group, named in tensors.items()
-        }
-        files["state.json"] = _write(beside / "state.json", remembered)
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        _write(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return beside
+
+
+def write_part(
+    beside: Path,
+    tensors: Mapping[str, Mapping[str, Piece]],
+    *,
+    rank: int,
+    state: Mapping[str, JSON] | None = None,
+    unwanted: Event | None = None,
+) -> dict[str, Entry]:
+    """Write and sync what a rank holds; what the manifest says of it.
+
+    Args:
+        beside: what `begin` made.
+        tensors: group to names to pieces in host memory.
+        rank: whose they are.
+        state: everything else that the run must remember; rank zero has it.
+        unwanted: set when nobody waits for it any more.
+
+    Raises:
+        OSError: it cannot be written.
+        AbandonedError: it became unwanted.
+    """
+    files: dict[str, Entry] = {}
+    for group, pieces in tensors.items():
+        if pieces or rank == 0:
+            name = file_name(group, pieces, rank)
+            files[name] = write(beside / name, serialised(pieces), unwanted=unwanted)
+    if state is not None:
+        files["state.json"] = write(beside / "state.json", iter([json.dumps(state, indent=1).encode()]))
+    return files
+
+
+def commit(beside: Path, files: Mapping[str, Entry]) -> Path:
+    """Give a directory in which all ranks have written its name: from then on it is a checkpoint.
+
+    Args:
+        beside: what `begin` made.
+        files: what `write_part` said, of all ranks together.
+
+    Raises:
+        UserError: it cannot be, or what another rank wrote is not to be seen here.
+    """
+    target = beside.with_name(beside.name.partition(".")[0])
+    step = _step(target)
+    assert step is not None
+    with _told(target.parent, step):
+        for name, entry in files.items():
+            if (beside / name).stat().st_size != entry["bytes"]:
+                raise OSError(errno.EIO, "not all of it is there", name)
+        manifest = {"format": FORMAT, "step": step, "files": dict(files)}
+        write(beside / "manifest.json", iter([json.dumps(manifest, indent=1).encode()]))
         _sync(beside)
         beside.replace(target)
-        _sync(folder)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"no checkpoint of step {step} could be written in {folder} ({error.strerror}): "
-            "make room there or choose another --out; the earlier ones are untouched"
-        ) from error
+        _sync(target.parent)
     return target
+
+
+def drop(beside: Path) -> None:
+    """Forget a directory that `begin` made."""
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _told(folder: Path, step: int) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(unsaved(folder, step, error.strerror or str(error))) from error
+
+
+def unsaved(folder: Path, step: int, reason: str) -> str:
+    """In words, that there is no checkpoint of a step, and why."""
+    return (
+        f"no checkpoint of step {step} could be written in {folder} ({reason}): "
+        "make room there or choose another --out; the earlier ones are untouched"
+    )
 
 
 def find(folder: Path, *, report: Callable[[str], None]) -> Checkpoint | None:
@@ -165,21 +258,32 @@ def chosen(folder: Path, step: int | None = None) -> Checkpoint:
     raise UserError(f"{folder.parent} has no {wanted} that verifies (of steps there: {steps})")
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Remove checkpoints older than the last `keep` (at least 2) that verify."""
+def prune(folder: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Remove checkpoints older than the last `keep` (at least 2) that verify.
+
+    Args:
+        folder: RUN_DIR/checkpoints.
+        keep: how many of the newest stay.
+        keep_every: those of steps that are multiples of it stay too; 0 for none.
+    """
     assert keep >= 2, "with one checkpoint, damage to it would lose the run"
     steps = _newest_first(folder)
-    if len(steps) <= keep:
+    stay = {step for step, _ in steps if keep_every and step % keep_every == 0}
+    if all(step in stay for step, _ in steps[keep:]):
         return
     verified = 0
-    for _, path in steps:
-        if verified == keep:
+    for step, path in steps:
+        if verified < keep:
+            verified += _fault(path) is None
+        elif step not in stay:
             # Renamed first, so that a kill half-way leaves rubbish rather than a damaged checkpoint.
-            rubbish = folder / f"{path.name}.tmp-{os.getpid()}"
+            rubbish = folder / f"{path.name}.tmp-{secrets.token_hex(4)}"
             path.rename(rubbish)
             shutil.rmtree(rubbish)
-        elif _fault(path) is None:
-            verified += 1
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _newest_first(folder: Path) -> list[tuple[int, Path]]:
@@ -194,7 +298,7 @@ def _step(path: Path) -> int | None:
 
 def _remove_unfinished(folder: Path) -> None:
     for path in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(path)
+        drop(path)
 
 
 def _set_aside(path: Path) -> Path:
@@ -203,23 +307,6 @@ def _set_aside(path: Path) -> Path:
         count += 1
         aside = path.with_name(f"{path.name}.corrupt-{count}")
     return path.rename(aside)
-
-
-def _serialised(named: Mapping[str, Tensor]) -> bytes:
-    # safetensors refuses shared memory and strides, so each tensor gets plain host memory of its own.
-    own = {
-        name: torch.empty(each.shape, dtype=each.dtype).copy_(each.detach()) for name, each in named.items()
-    }
-    return safetensors.save(own)
-
-
-def _write(path: Path, content: bytes) -> dict[str, int | str]:
-    """Write and sync a file; return what the manifest says of it."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "blake2b": _digest(content).hexdigest()}
 
 
 def _sync(folder: Path) -> None:
@@ -240,8 +327,8 @@ def _fault(path: Path) -> str | None:
         return f"manifest.json cannot be read: {error}"
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "step", "files"}:
         return "manifest.json is not a manifest"
-    if manifest["format"] != FORMAT:
-        return f"its format is {manifest['format']}, not {FORMAT}"
+    if manifest["format"] not in _READ:
+        return f"its format is {manifest['format']}, not {' or '.join(map(str, _READ))}"
     if manifest["step"] != _step(path):
         return f"manifest.json is that of step {manifest['step']}"
     if not isinstance(manifest["files"], dict):
@@ -258,8 +345,8 @@ def _fault(path: Path) -> str | None:
 def _file_fault(path: Path, entry: Any) -> str | None:
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, _digest).hexdigest()
-            found = {"bytes": file.tell(), "blake2b": digest}
+            content = hashlib.file_digest(file, digest).hexdigest()
+            found = {"bytes": file.tell(), "blake2b": content}
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     if found == entry:

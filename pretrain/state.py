@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets.errors import UserError
 from datasets.mixture import Account
 from datasets.order import VERSION
 from pretrain.curriculum import Curriculum
-from pretrain.pretrainer import Pretrainer
+from pretrain.pieces import Saved
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -50,6 +50,10 @@ class Standing:
     """Where each source stands."""
     masked: Mapping[str, int] = field(default_factory=dict)
     """Samples that could not be read so far, counted each time, by kind."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Steps so far that were skipped because something of them was not finite, by kind."""
+    streak: int = 0
+    """How many of these are the latest steps, one after the other."""
     samples_before: int = 0
     """Samples used before the present list of unusable ones began: budgets count from there."""
     masked_before: int = 0
@@ -120,28 +124,34 @@ _ELSEWHERE = (
 )
 
 
-def capture(pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights and moments by name."""
+def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights and moments by name, as this rank holds them: sharded ones as DTensors."""
+    model = pretrainer.state_dict()  # first: it makes FSDP2 shard what an evaluation left whole
     moments = {
         f"{name}.{key}": value
         for name, parameter in pretrainer.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
-    return {"model": pretrainer.state_dict(), "optimizer": moments}
+    return {"model": model, "optimizer": moments}
 
 
-def restore(tensors: Tensors, pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments back where `capture` took them."""
-    pretrainer.load_state_dict(dict(tensors["model"]))
-    moments: dict[str, dict[str, Tensor]] = {}
-    for at, value in tensors["optimizer"].items():
+def restore(saved: Mapping[str, Saved], pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back where `capture` took them, however they are sharded now.
+
+    Each rank reads only the parts that it holds. A moment of the shape of its parameter is sharded like that.
+    """
+    model = pretrainer.state_dict()
+    pretrainer.load_state_dict({name: saved["model"].like(name, model.get(name)) for name in saved["model"]})
+    keys: dict[str, list[str]] = {}
+    for at in saved["optimizer"]:
         name, _, key = at.rpartition(".")
-        moments.setdefault(name, {})[key] = value
+        keys.setdefault(name, []).append(key)
     fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in pretrainer.named_parameters():
+        moments = {key: saved["optimizer"].like(f"{name}.{key}", parameter) for key in keys.get(name, [])}
         # A fused optimizer counts its steps on the device, others in host memory.
         optimizer.state[parameter] = {
             key: value if key == "step" and not fused else value.to(parameter.device)
-            for key, value in moments.get(name, {}).items()
+            for key, value in moments.items()
         }

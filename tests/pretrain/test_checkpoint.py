@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import resource
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from datasets.errors import UserError
-from pretrain import checkpoint
+from pretrain import checkpoint, pieces
 
 STATE = {
     "step": 3,
@@ -167,10 +168,10 @@ DAMAGE = {
     ),
     "manifest is a list": lambda step: (step / "manifest.json").write_text("[]"),
     "manifest is hollow": lambda step: (step / "manifest.json").write_text(
-        '{"format": 1, "step": 3, "files": null}'
+        '{"format": 2, "step": 3, "files": null}'
     ),
     "manifest of another format": lambda step: (step / "manifest.json").write_text(
-        (step / "manifest.json").read_text().replace('"format": 1', '"format": 2')
+        (step / "manifest.json").read_text().replace('"format": 2', '"format": 9')
     ),
 }
 
@@ -358,10 +359,11 @@ def test_nothing_is_unpickled_from_a_hostile_directory(tmp_path, monkeypatch):
         # With a manifest that verifies: whoever can write here can hash, too.
         path = tmp_path / "checkpoints" / f"step-{step:08d}"
         path.mkdir(parents=True)
-        files = {n: checkpoint._write(path / n, content) for n in ("model.safetensors", "x.pkl", "x.pt")}
-        files["state.json"] = checkpoint._write(path / "state.json", bomb if step == 1 else b"{}")
-        manifest = {"format": 1, "step": step, "files": files}
-        checkpoint._write(path / "manifest.json", checkpoint.json.dumps(manifest).encode())
+        contents: dict[str, bytes] = dict.fromkeys(("model.safetensors", "x.pkl", "x.pt"), content)
+        contents["state.json"] = bomb if step == 1 else b"{}"
+        files = {name: pieces.write(path / name, iter([what])) for name, what in contents.items()}
+        manifest = json.dumps({"format": 1, "step": step, "files": files})
+        (path / "manifest.json").write_text(manifest)
 
     hostile(1, bomb)
     hostile(2, as_zip.read_bytes())

@@ -71,7 +71,7 @@ def _of_run(rundir: RunDir, step: int | None, ranks: Ranks) -> Subject:
     found = checkpoint.chosen(rundir.checkpoints, step)
     tokenizer = own_tokenizer(run.model) or TrainedBPE.load(rundir.tokenizer)
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=False)
-    pretrainer.load_state_dict(dict(found.load().tensors["model"]))
+    pretrainer.load_state_dict(found.tensors()["model"].load())
     last = Curriculum(run.stages).stretch_of(max(0, found.step - 1))
     return Subject(
         name=str(rundir.root),

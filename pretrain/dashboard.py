@@ -27,6 +27,7 @@ from pretrain.mirror.reach import answers
 from pretrain.mirror.rows import Rows
 from pretrain.rundir import RunDir
 from pretrain.sinks.mirrored import Wandb, settings_of
+from pretrain.stopwatch import PARTS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -39,6 +40,7 @@ _ZERO_SHOT = ("zero_shot_top1", "zero_shot_top5")
 _CAPTIONS = ("cider_d", "bleu_1", "bleu_4", "rouge_l", "perplexity")
 _LOCAL = ("data/read_ms_p50", "data/read_ms_p99")
 _REMOTE = ("data/fetch_ms_p50", "data/fetch_ms_p99")
+_PARTS = tuple(f"perf/part/{part}" for part in ("data", *PARTS))
 _CLOCKS = ("perf/step_seconds_p50", "perf/step_seconds_p99")
 
 
@@ -56,6 +58,7 @@ _BY_KIND = (
     Panel(title="masked, by kind", pattern="data/masked/.*"),
     Panel(title="texts mended, by kind", pattern="data/mended/.*"),
 )
+_SKIPPED = Panel(title="steps skipped, by kind", pattern="train/skipped/.*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +106,16 @@ def sections(
             panels=(
                 *_panels("perf/samples_per_second", "perf/data_wait"),
                 Panel(title="seconds of a step, median and 99th percentile", metrics=_CLOCKS),
-                *_panels("perf/memory_gib"),
+                Panel(title="shares of a step's time", metrics=_PARTS),
+                *_panels("perf/mfu", "perf/tflops", "perf/memory_gib"),
+                Panel(title="slowest rank, and by what factor", pattern="perf/slowest_rank.*"),
             ),
         ),
         Section(name="Reading", panels=_reading(shards=shards, remote=remote)),
-        Section(name="Bad data", panels=(*_panels("data/masked"), *(_BY_KIND if shards else ()))),
+        Section(
+            name="Bad data",
+            panels=(*_panels("data/masked", "train/skipped"), _SKIPPED, *(_BY_KIND if shards else ())),
+        ),
         Section(name="Restarts", panels=_panels("perf/restarts", "perf/lost_steps")),
     )
     return tuple(section for section in everything if section.panels)

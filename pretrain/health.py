@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 
 import torch
 
@@ -18,6 +19,7 @@ from datasets.mixture import Account
 from pretrain.bottleneck import Setting, why_late, why_slow
 from pretrain.clock import Reading
 from pretrain.distributed import Ranks
+from pretrain.stopwatch import PARTS
 
 _MENDED = tuple(f"mended/{kind}" for kind in (*KINDS, "cut", "control"))
 _MEASURED = (
@@ -25,7 +27,7 @@ _MEASURED = (
     "read_count", "read_seconds", "read_p50", "read_p99", "read_max",
     "decode_count", "decode_seconds", "decode_p50",
     "fetch_count", "fetch_seconds", "fetch_p50", "fetch_p99", "fetch_bytes", "cache_hit", "cache_miss",
-    *_MENDED,
+    *_MENDED, *PARTS, "towers", "flops", "peak",
 )  # fmt: skip
 _WORST = {
     "data/read_ms_p50": "read_p50",
@@ -83,13 +85,14 @@ class Health:
         meter.take()
 
     def report(
-        self, reading: Reading, accounts: Mapping[str, Account]
+        self, reading: Reading, accounts: Mapping[str, Account], *, spent: Mapping[str, float] | None = None
     ) -> tuple[dict[str, float], str | None]:
         """All ranks call it together, and get the same.
 
         Args:
             reading: of the clock, as of the last step.
             accounts: where the sources stand after it.
+            spent: on what, since the last report (`Stopwatch.take`).
 
         Returns:
             The figures since the last report, by metric, and a sentence if reading has become too slow.
@@ -103,6 +106,7 @@ class Health:
             "seconds": seconds - cold,
             "waited": waited - cold,
             "cold": cold,
+            **(spent or {}),
         }
         rows = self._of_all(mine)
         self._fetched += sum(row.get("fetch_bytes", 0.0) for row in rows)
@@ -180,6 +184,26 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
         seconds = max(row["seconds"] + row["cold"] for row in rows)
         found["data/cache_hits"] = total("cache_hit") / asked
         found["data/fetch_mib_per_second"] = total("fetch_bytes") / 2**20 / seconds
+    return found | _spent([row for row in rows if "flops" in row and row["seconds"] > 0])
+
+
+def _spent(rows: Sequence[Row]) -> dict[str, float]:
+    """What time and arithmetic went into: means over ranks, and the rank that is slowest on its own."""
+    if not rows:
+        return {}
+
+    def per_second(name: str) -> float:
+        return mean(row[name] / row["seconds"] for row in rows)
+
+    found = {f"perf/part/{part}": per_second(part) for part in PARTS}
+    found["perf/part/data"] = per_second("waited")
+    found["perf/tflops"] = per_second("flops") / 1e12
+    if all(row["peak"] for row in rows):
+        found["perf/mfu"] = mean(row["flops"] / row["seconds"] / row["peak"] for row in rows)
+    alone = [row["waited"] + row.get("towers", 0.0) for row in rows]
+    if len(rows) > 1 and median(alone):
+        found["perf/slowest_rank"] = float(alone.index(max(alone)))
+        found["perf/slowest_rank_factor"] = max(alone) / median(alone)
     return found
 
 

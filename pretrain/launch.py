@@ -22,8 +22,8 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
-from pretrain.flops import matmul_peak
 from pretrain.finish import is_finished, show
+from pretrain.flops import matmul_peak
 from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
 from pretrain.preempt import Preemption

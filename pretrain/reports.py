@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import mean
 
-from torch import Tensor
-
-from datasets.errors import UserError
 from pretrain.clock import peak_memory
-from pretrain.curriculum import Stretch
 from pretrain.step import StepReport
 from pretrain.training import Training
 
 
-def report(training: Training, stretch: Stretch) -> None:
-    """Read the pending numbers from the device, write the ledger, and tell the sinks their mean.
-
-    Raises:
-        UserError: a loss or gradient norm is not finite; nothing of it was saved.
-    """
+def report(training: Training) -> None:
+    """Read the pending numbers from the device, write the ledger, and tell the sinks their mean."""
     pending, training.pending = training.pending, []
     for step, samples, done in pending:
         loss, norm = float(done.values["loss"]), float(done.norms.whole)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; the run stops before a "
-                f"checkpoint of it is written: try a lower --stages.{stretch.name}.optim.lr and another --out"
-            )
         if training.ledger is not None:
             alarm = training.ledger.record(step, [f"{i:x}" for i in samples.tolist()], loss=loss, norm=norm)
             if alarm is not None:
@@ -39,14 +25,16 @@ def report(training: Training, stretch: Stretch) -> None:
     standing = training.standing
     left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
     reading = training.clock.read(remaining=left)
-    data, warning = training.health.report(reading, standing.accounts)
+    data, warning = training.health.report(reading, standing.accounts, spent=training.stopwatch.take())
     if warning is not None:
         training.sink.note(warning)
     training.sink.step(
         step,
         {
             "samples": standing.samples,
-            **_means(pending),
+            **_means([done for _, _, done in pending if done.fault is None]),
+            "train/skipped": sum(standing.skipped.values()),
+            **{f"train/skipped/{kind}": count for kind, count in standing.skipped.items()},
             "train/lr": training.optimizer.param_groups[0]["lr"],
             "model/logit_scale": float(training.pretrainer.model.logit_scale.detach().exp()),
             "perf/samples_per_second": reading.samples_per_second,
@@ -63,10 +51,13 @@ def report(training: Training, stretch: Stretch) -> None:
     )
 
 
-def _means(pending: Sequence[tuple[int, Tensor, StepReport]]) -> dict[str, float]:
-    """Each value over the steps that have one: not every step of a mixture feeds an objective or a tower."""
+def _means(taken: Sequence[StepReport]) -> dict[str, float]:
+    """Each value over the steps that have one: not every step of a mixture feeds an objective or a tower.
+
+    A step that was skipped has none: one NaN would hide all others.
+    """
     values: dict[str, list[float]] = {}
-    for _, _, done in pending:
+    for done in taken:
         losses = {f"train/{at}": value for at, value in done.values.items()}
         norms = {f"model/gradient_norm/{tower}": norm for tower, norm in done.norms.by_tower.items()}
         for at, value in {**losses, "model/gradient_norm": done.norms.whole, **norms}.items():

@@ -26,8 +26,8 @@ from pretrain.faults import Fault, find_fault
 from pretrain.parallel import Wrapped
 from pretrain.precision import Compute
 
-Part = Literal["forward", "backward", "optimizer"]
-"""What the time of a step is spent on."""
+Part = Literal["forward", "backward", "optimizer", "wait"]
+"""What the time of a step is spent on; `wait` is for the ranks that are not here yet."""
 
 
 def _unwatched(part: Part) -> AbstractContextManager[None]:
@@ -139,7 +139,9 @@ def agree(setup: Setup, batches: Sequence[Batch], *, asking: Mapping[str, float]
         for name in pretrainer.fed_by(batch.source):
             local[name] = local[name] + pretrainer.objectives[name].denominator(batch)
     extra = torch.tensor(list(asking.values()), dtype=torch.float64, device=ranks.device)
-    total = ranks.sum(torch.cat([torch.stack(list(local.values())), extra]))
+    mine = torch.cat([torch.stack(list(local.values())), extra])
+    with setup.watch("wait"):
+        total = ranks.sum(mine)
     counts = dict(zip(local, total.unbind(), strict=False))
     if ranks.group is not None:
         asking = dict(zip(asking, total[len(local) :].tolist(), strict=True))

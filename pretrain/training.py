@@ -24,6 +24,7 @@ from pretrain.sinks import Fanout, Sink
 from pretrain.starts import Starts
 from pretrain.state import Standing
 from pretrain.step import Setup, StepReport
+from pretrain.stopwatch import Stopwatch
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,8 @@ class Training:
     standing: Standing
     health: Health
     """How the data come."""
+    stopwatch: Stopwatch
+    """What the time of a step is spent on."""
     sink: Sink = field(default_factory=Fanout)
     """Rank zero's; the others tell no one."""
     ledger: Ledger | None = None

@@ -12,6 +12,14 @@ from pretrain.report.markup import Child, node, table
 from pretrain.report.timing import Timing, timing
 from pretrain.report.words import count, date, duration, share
 
+_PARTS = {
+    "getting data": "perf/part/data",
+    "forward": "perf/part/forward",
+    "backward": "perf/part/backward",
+    "optimizer": "perf/part/optimizer",
+    "waiting for other ranks": "perf/part/wait",
+}
+
 
 def facts(run: RunData) -> dict[str, Child]:
     """What there is to know at a glance."""
@@ -51,12 +59,14 @@ def vitals(run: RunData) -> dict[str, Child]:
         "share of time waiting for data, mean": ("perf/data_wait", np.mean, share),
         "seconds per step, median": ("perf/step_seconds_p50", _newest, "{:.3g}".format),
         "seconds per step, 99th percentile": ("perf/step_seconds_p99", _newest, "{:.3g}".format),
+        "share of the measured matmul peak (MFU), median": ("perf/mfu", np.median, "{:.1%}".format),
+        "TFLOP/s of a process, median": ("perf/tflops", np.median, "{:.3g}".format),
         "memory, most, GiB": ("perf/memory_gib", np.max, "{:.3g}".format),
     }
     for label, (name, summary, words) in measured.items():
         if name in run.series:
             found[label] = words(float(summary(run.series[name].values)))
-    found |= _reading(run)
+    found |= _parts(run) | _reading(run)
     took = timing(run)
     if took is not None:
         found["restarts"] = _restarts(run, took)
@@ -66,6 +76,22 @@ def vitals(run: RunData) -> dict[str, Child]:
         found["samples that could not be read"] = count(masked) + (
             f" ({share(masked / run.samples)} of those seen{_kinds(run)})" if masked else ""
         )
+    return found
+
+
+def _parts(run: RunData) -> dict[str, Child]:
+    """What the time of a step went into, in means over all reports, and which rank held the others up."""
+    means = {
+        part: float(np.mean(run.series[name].values)) for part, name in _PARTS.items() if name in run.series
+    }
+    found: dict[str, Child] = {}
+    if means:
+        found["of a step's time, mean"] = ", ".join(f"{part} {share(mean)}" for part, mean in means.items())
+    if "perf/slowest_rank" in run.series:
+        ranks, times = np.unique(run.series["perf/slowest_rank"].values, return_counts=True)
+        often = int(ranks[times.argmax()])
+        factor = float(np.median(run.series["perf/slowest_rank_factor"].values))
+        found["slowest rank, most often"] = f"rank {often}; the slowest takes {factor:.2f} times the median"
     return found
 
 

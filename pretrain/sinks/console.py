@@ -36,7 +36,7 @@ class Lines:
         """Write a line; a report without a loss (an evaluation) is not about speed."""
         if "train/loss" not in values:
             return
-        self.note(f"step {step}/{self._total}  {_losses(values)}  {_speed(values)}")
+        self.note(f"step {step}/{self._total}  {_losses(values)}  {_speed(values)}{_parts(values)}")
 
     def note(self, text: str) -> None:
         """Write a sentence."""
@@ -93,4 +93,13 @@ def _speed(values: Mapping[str, float]) -> str:
     left = values["perf/seconds_left"]
     shown = str(timedelta(seconds=round(left))) if math.isfinite(left) else "?"
     speed, wait = values["perf/samples_per_second"], values["perf/data_wait"]
-    return f"{speed:.0f}/s  wait {wait:.0%}  left {shown}"
+    used = f"mfu {values['perf/mfu']:.0%}  " if "perf/mfu" in values else ""
+    return f"{speed:.0f}/s  {used}wait {wait:.0%}  left {shown}"
+
+
+def _parts(values: Mapping[str, float]) -> str:
+    """`  (forward 31% backward 60% optimizer 4%)`: what the time of a step goes into, but for trifles."""
+    prefix = "perf/part/"
+    shares = {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+    told = [f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.01]
+    return f"  ({' '.join(told)})" if told else ""

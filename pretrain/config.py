@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from torch import nn
 
 from datasets.errors import UserError
@@ -17,6 +18,7 @@ from objectives.base import Objective
 from pretrain.coupled import Pool
 from pretrain.elastic import check_lanes
 from pretrain.optim import Optim
+from pretrain.parallel import Spread
 from pretrain.precision import Precision
 from pretrain.quarantine import Budget
 from pretrain.sinks.mirrored import Wandb
@@ -109,6 +111,8 @@ class Run:
     """Stages in the order they are trained."""
     precision: Precision = field(default_factory=Precision)
     """Arithmetic."""
+    spread: Annotated[Spread, tyro.conf.arg(name="")] = field(default_factory=Spread)
+    """How it is spread over processes and memory; flags without a prefix: --parallel fsdp."""
     deterministic: Literal["resumed", "elastic"] = "resumed"
     """How far the same command gives the same bits: killed and resumed on as many ranks, or elastic, on any
     number of ranks that divides --shuffle.lanes. Elastic works lane by lane, whatever the ranks."""
@@ -151,6 +155,11 @@ class Run:
         for name, stage in self.stages.items():
             stage.check(name)
         self._check_sources()
+        self.precision.check()
+        self.spread.check(
+            {name: stage.optim.kind for name, stage in self.stages.items()},
+            elastic=self.deterministic == "elastic",
+        )
         self.remote.check()
         self.bad.check()
         least = {

@@ -51,16 +51,22 @@ class Spread:
     compile: bool = False
     """torch.compile each block of a tower; needs a C++ compiler."""
 
-    def check(self, optimizers: Mapping[str, str]) -> None:
+    def check(self, optimizers: Mapping[str, str], *, elastic: bool) -> None:
         """Refuse what does not go together.
 
         Args:
             optimizers: kind of each stage's optimizer.
+            elastic: whether gradients are added up in one order on any number of processes.
 
         Raises:
             UserError: names the flag.
         """
         if self.parallel == "fsdp":
+            if elastic:
+                raise UserError(
+                    "--deterministic elastic adds up whole gradients, and --parallel fsdp leaves each "
+                    "process a part of them: choose one"
+                )
             for stage, kind in optimizers.items():
                 if kind == "muon":
                     raise UserError(
@@ -169,7 +175,12 @@ class Replicated(Wrapped):
 
 
 def wrap(
-    pretrainer: Pretrainer, ranks: Ranks, spread: Spread | None = None, *, bf16: bool = False
+    pretrainer: Pretrainer,
+    ranks: Ranks,
+    spread: Spread | None = None,
+    *,
+    bf16: bool = False,
+    lanes: int | None = None,
 ) -> Wrapped:
     """Spread a pretrainer; the order is that of this module's docstring.
 
@@ -178,6 +189,7 @@ def wrap(
         ranks: one process needs no wrapper.
         spread: how; DDP and nothing else by default.
         bf16: whether forwards run under bf16 autocast.
+        lanes: of an elastic run (`pretrain.elastic`).
 
     Raises:
         UserError: one process cannot be spread as it says.
@@ -188,6 +200,10 @@ def wrap(
         recompute(blocks)
     if spread.compile:
         compile_each(blocks)
+    if lanes is not None:
+        from pretrain.elastic import Elastic
+
+        return Elastic(pretrainer, ranks, lanes=lanes)
     if ranks.group is None:
         if spread.offload:
             raise UserError(

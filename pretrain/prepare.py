@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from pretrain import checkpoint, elastic, runfile
+from pretrain import checkpoint, runfile
 from pretrain.bottleneck import Setting, cache_warnings
 from pretrain.build import build_pretrainer, build_tokenizer
 from pretrain.cli import Command
@@ -17,12 +17,13 @@ from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
+from pretrain.elastic import check_ranks
 from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known, unlike_kept
 from pretrain.optim import build_optimizer
 from pretrain.parallel import Wrapped, wrap
-from pretrain.precision import compute_for
+from pretrain.precision import Compute, compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.quarantine import Quarantine, put_away
 from pretrain.rundir import RunDir, open_run, record
@@ -54,6 +55,7 @@ def build(
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives)
+    wrapped = _wrap(run, pretrainer, ranks, compute)
     optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
@@ -75,7 +77,7 @@ def build(
         val=data.val,
         tokenizer=tokenizer,
         pretrainer=pretrainer,
-        setup=Setup(wrapped=_wrap(run, pretrainer, ranks), compute=compute, pool=run.pool, watch=stopwatch),
+        setup=Setup(wrapped=wrapped, compute=compute, pool=run.pool, watch=stopwatch),
         optimizer=optimizer,
         curriculum=curriculum,
         ranks=ranks,
@@ -98,11 +100,13 @@ def build(
     return training
 
 
-def _wrap(run: Run, pretrainer: Pretrainer, ranks: Ranks) -> Wrapped:
-    if run.deterministic != "elastic":
-        return wrap(pretrainer, ranks)
-    ranks.on_zero(lambda: elastic.check_ranks(run.shuffle.lanes, ranks.world))
-    return elastic.Elastic(pretrainer, ranks, lanes=run.shuffle.lanes)
+def _wrap(run: Run, pretrainer: Pretrainer, ranks: Ranks, compute: Compute) -> Wrapped:
+    lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
+    if lanes is not None:
+        ranks.on_zero(lambda: check_ranks(lanes, ranks.world))
+    if run.precision.parameters == "bf16":
+        keep_in_bf16(pretrainer)
+    return wrap(pretrainer, ranks, run.spread, bf16=compute.bf16, lanes=lanes)
 
 
 def _resume(

@@ -48,7 +48,7 @@ def check(training: Training) -> None:
 
 def evaluate(training: Training) -> None:
     """Judge the model on all ranks together, tell the sinks, and write a sample sheet."""
-    with training.clock.pause():
+    with training.clock.pause(), training.setup.wrapped.whole():
         try:
             results = _examine(training)
         except UserError as error:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasets.errors import UserError
 from objectives import kind_of, objective_class
+from objectives.base import Widths
 from pretrain import runfile
 from pretrain.config import Run
+from pretrain.evaluate.judge import Matcher
 from pretrain.mirror.account import login, one_line, project_of
 from pretrain.mirror.reach import answers
 from pretrain.mirror.rows import Rows
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 DONE, USER_ERROR = 0, 2
+_WIDTHS = Widths(embed=1, image_tokens=1, text_tokens=1, vocabulary=1, temperature=True, contrast=False)
+"""Of a model that is as good as any: what is asked of the objectives does not depend on it."""
 _RECALL = tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+_RERANKED = (*(f"{name}_reranked" for name in _RECALL), "itm_accuracy")
 _SCENES = ("zero_shot_seen_combinations", "zero_shot_unseen_combinations")
 _EXACT = ("exact_captions_1_object", "exact_captions_2_objects", "exact_captions_1_unseen_object")
 _ZERO_SHOT = ("zero_shot_top1", "zero_shot_top5")
@@ -74,6 +79,7 @@ class Section:
 def sections(
     *,
     objectives: Sequence[str],
+    matching: Sequence[str] = (),
     towers: Collection[str],
     evaluations: Collection[str],
     shards: bool = False,
@@ -83,14 +89,17 @@ def sections(
 
     Args:
         objectives: their names.
-        towers: parts of the model that have a gradient: image, text, captioner, objectives.
+        matching: of those that tell matching pairs from others.
+        towers: parts of the model that have a gradient: image, text, captioner, fusion, objectives.
         evaluations: names of what it is judged by, without `eval/`.
         shards: whether files are read rather than the built-in scenes.
         remote: whether they are fetched through a network.
     """
     losses = [f"train/loss/{name}" for name in objectives]
-    quality = [name for name in (*_ZERO_SHOT, *_SCENES, *_RECALL) if name in evaluations]
+    quality = [name for name in (*_ZERO_SHOT, *_SCENES, *_RECALL, *_RERANKED) if name in evaluations]
     captions = [name for name in (*_CAPTIONS, *_EXACT) if name in evaluations]
+    told = [f"train/{name}/accuracy" for name in objectives]
+    told += [f"train/{name}/{what}" for name in matching for what in ("trivial", "missing")]
     norms = [f"model/gradient_norm/{tower}" for tower in towers]
     everything = (
         Section(name="Losses", panels=_panels("train/loss", *losses)),
@@ -98,7 +107,7 @@ def sections(
         Section(
             name="Captions", panels=_panels(*(f"eval/{name}" for name in captions)), pictures=bool(captions)
         ),
-        Section(name="In training", panels=_panels(*(f"train/{name}/accuracy" for name in objectives))),
+        Section(name="In training", panels=_panels(*told)),
         Section(name="Gradient norms", panels=_panels("model/gradient_norm", *norms)),
         Section(name="Temperature and learning rate", panels=_panels("model/logit_scale", "train/lr")),
         Section(
@@ -129,10 +138,11 @@ def of_run(run: Run, *, measured: Collection[str] = ()) -> tuple[Section, ...]:
         measured: the metrics of its evaluations and of reading that it has reported; before the first of
             either, all that the flags allow is shown, of which the data may lack some.
     """
-    kinds = [objective_class(kind_of(config)) for config in run.objectives.values()]
-    read = {"image", *(wanted.run[0] for kind in kinds for wanted in kind.passes)}
-    towers = [tower for tower in ("image", "text", "captioner") if tower in read]
-    if any(kind.temperature is not None for kind in kinds):
+    made = {name: objective_class(kind_of(each))(each, _WIDTHS) for name, each in run.objectives.items()}
+    read = {"image", *(wanted.run[0] for each in made.values() for wanted in each.passes)}
+    trained = read | ({"text"} if "fusion" in read else set())
+    towers = [tower for tower in ("image", "text", "captioner", "fusion") if tower in trained]
+    if any(each.temperature is not None or any(True for _ in each.parameters()) for each in made.values()):
         towers.append("objectives")
     judged = {name.removeprefix("eval/") for name in measured if name.startswith("eval/")}
     reported = any(name.startswith("data/") for name in measured)
@@ -140,6 +150,7 @@ def of_run(run: Run, *, measured: Collection[str] = ()) -> tuple[Section, ...]:
     fetched = "data/cache_hits" in measured if reported else any(map(_may_be_remote, specs))
     return sections(
         objectives=tuple(run.objectives),
+        matching=tuple(name for name, each in made.items() if isinstance(each, Matcher)),
         towers=towers,
         evaluations=judged or _allowed(run, read),
         shards=bool(specs),
@@ -174,7 +185,8 @@ def _allowed(run: Run, read: Collection[str]) -> Collection[str]:
     scenes, given = (run.val or run.data) == "scenes", bool(run.val)
     embeds = (*_RECALL, *(_SCENES if scenes else _ZERO_SHOT)) if "text" in read else ()
     writes = (_EXACT if scenes else _CAPTIONS) if "captioner" in read else ()
-    return (*embeds, *writes) if scenes or given else ()
+    again = _RERANKED if {"text", "fusion"} <= set(read) and run.eval.rerank else ()
+    return (*embeds, *again, *writes) if scenes or given else ()
 
 
 def measured(rundir: RunDir) -> set[str]:

@@ -25,7 +25,7 @@ from pretrain.export.to_open_clip import read_open_clip, write_open_clip
 from pretrain.export.to_transformers import read_transformers, write_transformers
 from pretrain.zoo.models import DualConfig
 
-Part = Literal["captioner", "logit_bias"]
+Part = Literal["captioner", "fusion", "logit_bias"]
 
 Write = Callable[[Subject, Path], Sequence[str]]
 Read = Callable[[Path], Written]
@@ -91,9 +91,9 @@ def export(
     subject = load_subject(run, step=step)
     if subject.run is None:
         raise UserError(f"{run} is an export already: name the run directory that it was made from")
-    _refuse_ours(run, subject, to)
     for part in without:
         setattr(subject.model, part, None)
+    _refuse_ours(run, subject, to)
     write, read = SIDES[to]
     # In a directory that is there, so that a refusal leaves no empty ones behind.
     home = next(parent for parent in out.absolute().parents if parent.is_dir())
@@ -123,6 +123,11 @@ def _refuse_ours(run: Path, subject: Subject, to: Library) -> None:
         raise UserError(
             f"{run} has trained no text tower ({', '.join(subject.run.objectives)} reads none), and {to} has "
             "no model without one: train it with itc or siglip"
+        )
+    if subject.model.fusion is not None:
+        raise UserError(
+            f"the text tower has learned to look at an image, and {to} has no place for that: leave it "
+            "out, knowingly, with --without fusion"
         )
     if isinstance(subject.run.model, DualConfig) and subject.run.model.image == "small":
         raise UserError(

@@ -37,9 +37,10 @@ These decide what else there is to set; all other flags are listed below, for th
                            between; again with another NAME for a mixture, set by --sources.NAME.*;
                            of one NAME the last counts; a path with = needs a NAME= or ./ before it
   --out RUN_DIR            where the run lives; the same command again goes on there
+  --explain                print what this run would do and cost, and do nothing
   --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """
-_SHAPE = ("--recipe", "--objectives", "--model", "--data", "--out", "--allow-changed")
+_SHAPE = ("--recipe", "--objectives", "--model", "--data", "--out", "--explain", "--allow-changed")
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -50,6 +51,8 @@ class Command:
 
     run: Run
     out: Path
+    explain: bool = False
+    """Whether it is only to be told what would be done."""
     allow_changed: bool = False
     """Whether the run may go on where data, seed, batch or order are others than before."""
 
@@ -63,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     shape = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in _SHAPE:
-        listed = {"--data": "append", "--allow-changed": "store_true"}
+        listed = {"--data": "append", "--explain": "store_true", "--allow-changed": "store_true"}
         shape.add_argument(flag, action=listed.get(flag, "store"))
     chosen, leaves = shape.parse_known_args(arguments)
     for flag in (leaf.partition("=")[0] for leaf in leaves if leaf.startswith("--")):
@@ -84,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Command:
     run.check()
     title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
     out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
-    return Command(run=run, out=out, allow_changed=chosen.allow_changed)
+    return Command(run=run, out=out, explain=chosen.explain, allow_changed=chosen.allow_changed)
 
 
 def at_own_resolution(run: Run) -> dict[str, Stage]:

@@ -29,9 +29,9 @@ def gradient_norms(pretrainer: Pretrainer) -> Norms:
     device = pretrainer.model.logit_scale.device
     for name, parameter in pretrainer.named_parameters():
         if isinstance(parameter.grad, DTensor):
-            shards.setdefault(_tower_of(name), []).append(parameter.grad)
+            shards.setdefault(tower_of(name), []).append(parameter.grad)
         elif parameter.grad is not None:
-            plain.setdefault(_tower_of(name), []).append(parameter.grad)
+            plain.setdefault(tower_of(name), []).append(parameter.grad)
     norms = {tower: _norm(gradients, device) for tower, gradients in plain.items()}
     if shards:
         for tower, square in zip(shards, _squares_of_shards(shards, pretrainer), strict=True):
@@ -76,7 +76,7 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _tower_of(parameter: str) -> str:
+def tower_of(parameter: str) -> str:
     """`model.image.trunk.norm.weight` is the image tower's; a temperature is no tower's."""
     _, part, *inside = parameter.split(".")
     return part if parameter.startswith("model.") and inside else "objectives"

@@ -42,9 +42,7 @@ class Data:
                 source.close()
 
     def described(self) -> list[str]:
-        """A line for each source of a mixture: its share at first, what it holds, what it feeds."""
-        if len(self.feeds) == 1:
-            return []
+        """A line for each source: its share at first, what it holds, what it feeds."""
         weights = {feed.name: weight_at(feed.weight, 0) for feed in self.feeds}
         lines: list[str] = []
         for feed in self.feeds:

@@ -22,6 +22,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
+from pretrain.explain import explain
 from pretrain.finish import is_finished, show
 from pretrain.flops import matmul_peak
 from pretrain.lineage import check_ranks
@@ -59,6 +60,10 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         data = open_data(run, say=say if ranks.zero else None)
         stack.callback(data.close)
         check_ranks(data.feeds, ranks)
+        if command.explain:
+            for line in explain(command, curriculum, data, ranks):
+                sys.stdout.write(f"{line}\n" if ranks.zero else "")
+            return DONE
         rundir = RunDir(command.out)
         changed = ranks.on_zero(lambda: claim(command, stack))
         if is_finished(rundir, curriculum):

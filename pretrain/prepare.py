@@ -18,6 +18,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.elastic import check_ranks
+from pretrain.explain import summary
 from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known, unlike_kept
@@ -93,7 +94,8 @@ def build(
         *messages,
         *since,
         *introduction(command, curriculum, standing),
-        *data.described(),
+        *summary(pretrainer),
+        *(data.described() if len(data.feeds) > 1 else []),
         *cache_warnings(setting),
     ]:
         training.sink.note(message)

@@ -1,0 +1,313 @@
+"""What a run would do and cost, told before it does it: `python -m pretrain.launch --explain ...`.
+
+What it reads is what the run itself reads: the declarations of the objectives, and a forward and backward of
+a few samples of its first batch. No run directory is made or changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from datasets.batch import Batch
+from datasets.loader import Loader
+from datasets.tokens import Tokenizer
+from datasets.weights import weight_at
+from objectives.base import Objective
+from pretrain.blocks import blocks_of, recompute
+from pretrain.build import build_pretrainer, build_tokenizer
+from pretrain.cli import Command
+from pretrain.clipping import tower_of
+from pretrain.config import Run
+from pretrain.costs import TOWERS, Bench, Cost, few
+from pretrain.curriculum import Curriculum
+from pretrain.data import Data
+from pretrain.distributed import Ranks
+from pretrain.optim import build_optimizer
+from pretrain.precision import compute_for
+from pretrain.pretrainer import Pretrainer
+from pretrain.rundir import RunDir
+
+_SAMPLES = 16
+"""Of a step that is measured, about."""
+_MIB = 2**20
+
+
+def summary(pretrainer: Pretrainer) -> list[str]:
+    """Two lines: who reads what, and how much there is to train."""
+    reads = "; ".join(f"{name} reads {_passes(each)}" for name, each in pretrainer.objectives.items())
+    whole, trained = _size(pretrainer)
+    parts = ", ".join(f"{part} {_millions(size)}" for part, (size, _) in _by_part(pretrainer).items())
+    return [
+        f"passes: {reads}",
+        f"parameters: {_millions(whole)} ({parts}), {_share(trained, whole)} trained",
+    ]
+
+
+def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) -> list[str]:
+    """The lines to print. All ranks call it together."""
+    run = command.run
+    compute = compute_for(run.precision, ranks.device)
+    with _tokenizer_dir(command, ranks) as rundir:
+        tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives)
+    if run.spread.activation_checkpointing:
+        recompute(blocks_of(pretrainer.model))
+    lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
+    batches = _first_batches(run, curriculum, data, tokenizer, ranks)
+    size = max(2, _SAMPLES // len(batches))
+    bench = Bench(
+        pretrainer=pretrainer,
+        feeds=data.objectives,
+        batches=[few(batch, size).to(ranks.device) for batch in batches],
+        ranks=ranks,
+        compute=compute,
+        pool=run.pool,
+        lanes=lanes,
+        seed=run.seed,
+    )
+    names = list(run.objectives)
+    whole = bench.measure(names)
+    alone = {name: whole if len(names) == 1 else bench.measure([name]) for name in names}
+    left = {name: _without(bench, names, name, alone) for name in names if len(names) > 1}
+    stage = next(iter(run.stages.values()))
+    largest = -(-stage.batch // (ranks.world * len(batches)))
+    return [
+        f"{' + '.join(names)} on {run.data}: {curriculum.steps:,} steps, {curriculum.samples:,} samples",
+        f"only told: nothing is trained, and {command.out} is left as it is",
+        "",
+        *_table(
+            (
+                *("objective", "reads", "across samples", "weight", "parameters"),
+                *("GFLOP alone", "GFLOP it adds", "MiB held alone"),
+            ),
+            [
+                _objective(run, pretrainer, each, whole=whole, alone=alone[each], left=left.get(each),
+                           samples=largest)
+                for each in names
+            ],
+        ),
+        "  GFLOP of a sample, forward and backward. Alone, an objective pays for all that it reads; what it",
+        "  adds is what a step saves without it, since towers that others read too run once for all of them.",
+        "",
+        *_table(("part", "parameters", "trained", "forward runs a step"), _towers(pretrainer, whole)),
+        "",
+        *_step(run, batches, ranks, whole),
+        *_memory(run, pretrainer, whole, largest),
+        *_spread(run, ranks, bf16=compute.bf16),
+        "",
+        "sources",
+        *data.described(),
+        "",
+        *_stages(curriculum),
+    ]  # fmt: skip
+
+
+def _stages(curriculum: Curriculum) -> list[str]:
+    heads = ("stage", "steps", "samples", "pixels", "batch", "micro-batches", "optimizer", "lr")
+    rows = [
+        [
+            each.name,
+            f"{each.first:,}..{each.last:,}",
+            f"{each.stage.steps * each.stage.batch:,}",
+            str(each.stage.resolution),
+            f"{each.stage.batch:,}",
+            str(each.stage.micro_batches),
+            each.stage.optim.kind,
+            f"{each.stage.optim.lr:g}",
+        ]
+        for each in curriculum.stretches
+    ]
+    return _table(heads, rows)
+
+
+def _without(bench: Bench, names: Sequence[str], name: str, alone: Mapping[str, Cost]) -> Cost:
+    others = [each for each in names if each != name]
+    return alone[others[0]] if len(others) == 1 else bench.measure(others)
+
+
+@contextmanager
+def _tokenizer_dir(command: Command, ranks: Ranks) -> Generator[RunDir]:
+    """The run's directory if its tokenizer is there to be read, else one that is gone afterwards."""
+    own = RunDir(command.out)
+    if ranks.on_zero(own.tokenizer.exists):
+        yield own
+        return
+    folder = ranks.on_zero(tempfile.mkdtemp)
+    try:
+        yield RunDir(Path(folder))
+    finally:
+        ranks.on_zero(lambda: shutil.rmtree(folder))
+
+
+def _first_batches(
+    run: Run, curriculum: Curriculum, data: Data, tokenizer: Tokenizer, ranks: Ranks
+) -> Sequence[Batch]:
+    """This rank's micro-batches of the first step; of one source, no more samples than are looked at."""
+    stage = curriculum.stretches[0].stage
+    lanes = run.shuffle.lanes
+    pieces = lanes // ranks.world if run.deterministic == "elastic" else stage.micro_batches
+    batch = stage.batch
+    if len(data.feeds) == 1 and run.deterministic != "elastic":
+        batch = min(batch, ranks.world * max(_SAMPLES, 2 * pieces))
+    loader = Loader(
+        data.feeds,
+        tokenizer,
+        seed=run.seed,
+        batch=batch,
+        rank=ranks.rank,
+        ranks=ranks.world,
+        micro_batches=pieces,
+        resolution=stage.resolution,
+        threads=run.loader_threads,
+        shuffle=run.shuffle,
+    )
+    (portion,) = loader.steps(0, 1)
+    return portion.batches
+
+
+def _objective(
+    run: Run,
+    pretrainer: Pretrainer,
+    name: str,
+    *,
+    whole: Cost,
+    alone: Cost,
+    left: Cost | None,
+    samples: int,
+) -> list[str]:
+    objective = pretrainer.objectives[name]
+    across = "pairs drawn" if objective.draws else "contrast" if objective.coupled else "no"
+    fixed, each = alone.held
+    return [
+        name,
+        _passes(objective),
+        across,
+        f"{weight_at(run.objectives[name].weight, 0):g}",
+        _millions(sum(one.numel() for one in objective.parameters())),
+        _giga(alone.flops),
+        _giga(whole.flops - left.flops) if left else _giga(whole.flops),
+        f"{(fixed + each * samples) / _MIB:,.0f}",
+    ]
+
+
+def _passes(objective: Objective) -> str:
+    """What an objective reads, and in which views where they are not the clean ones."""
+    told: list[str] = []
+    for wanted in objective.passes:
+        views = [
+            f"{view} {kind}"
+            for kind, view in (("image", wanted.image), ("text", wanted.text))
+            if view not in ("clean", "none")
+        ]
+        told.append(wanted.what + (f" ({', '.join(views)})" if views else ""))
+    return ", ".join(told)
+
+
+def _towers(pretrainer: Pretrainer, whole: Cost) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for part, (size, trained) in _by_part(pretrainer).items():
+        runs = str(whole.runs.get(part, 0)) if part in TOWERS else ""
+        rows.append([part, _millions(size), _share(trained, size), runs])
+    size, trained = _size(pretrainer)
+    return [*rows, ["all", _millions(size), _share(trained, size), ""]]
+
+
+def _step(run: Run, batches: Sequence[Batch], ranks: Ranks, whole: Cost) -> list[str]:
+    """What a process does in a step of the first stage."""
+    stage = next(iter(run.stages.values()))
+    own = stage.batch / ranks.world
+    again = f", and {_giga(own * whole.again)} again to save memory" if whole.again else ""
+    return [
+        f"step: {stage.batch:,} samples on {_many(ranks.world, 'process')}, "
+        f"{_many(len(batches), 'micro-batch')} on each",
+        f"  {_giga(own * whole.flops)} GFLOP on each ({_giga(whole.flops)} a sample){again}",
+    ]
+
+
+def _memory(run: Run, pretrainer: Pretrainer, whole: Cost, samples: int) -> list[str]:
+    weights = sum(each.nbytes for each in pretrainer.parameters())
+    gradients = sum(each.nbytes for each in pretrainer.parameters() if each.requires_grad)
+    moments = moment_bytes(run, pretrainer)
+    fixed, each = whole.held
+    held = fixed + each * samples
+    total = weights + moments + gradients + held
+    return [
+        f"memory: about {total / _MIB:,.0f} MiB of tensors on each, without what sharding saves",
+        f"  weights {weights / _MIB:,.0f}, gradients {gradients / _MIB:,.0f}, moments {moments / _MIB:,.0f}, "
+        f"held between forward and backward {held / _MIB:,.0f} for {_many(samples, 'sample')}",
+        "  held is counted on some samples and scaled; kernels need more for themselves",
+    ]
+
+
+def moment_bytes(run: Run, pretrainer: Pretrainer) -> int:
+    """What the optimizer keeps: two moments of each parameter, or one where Muon turns it."""
+    optim = next(iter(run.stages.values())).optim
+    kept = 0
+    for group in build_optimizer(pretrainer, optim).param_groups:
+        moments = 1 if optim.kind == "muon" and not group.get("use_fallback") else 2
+        kept += moments * sum(each.nbytes for each in group["params"])
+    return kept
+
+
+def _spread(run: Run, ranks: Ranks, *, bf16: bool) -> list[str]:
+    many = _many(ranks.world, "process") + (f", {run.spread.parallel}" if ranks.group else "")
+    marks = [
+        f"bf16 autocast over {run.precision.parameters} parameters" if bf16 else "float32",
+        *(["activations computed twice"] if run.spread.activation_checkpointing else []),
+        *(["compiled by block"] if run.spread.compile else []),
+        *(["offloaded to the host"] if run.spread.offload else []),
+        *(["elastic"] if run.deterministic == "elastic" else []),
+    ]
+    return [f"spread: {many} on {ranks.device.type}, {', '.join(marks)}"]
+
+
+def _by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
+    """Parameters, and those of them that train, of each tower and of what belongs to none."""
+    parts: dict[str, tuple[int, int]] = {}
+    for name, each in pretrainer.named_parameters():
+        part = tower_of(name)
+        size, trained = parts.get(part, (0, 0))
+        parts[part] = size + each.numel(), trained + each.numel() * each.requires_grad
+    return parts
+
+
+def _size(module: nn.Module) -> tuple[int, int]:
+    sizes = [(each.numel(), each.numel() * each.requires_grad) for each in module.parameters()]
+    return sum(size for size, _ in sizes), sum(trained for _, trained in sizes)
+
+
+def _many(count: int, thing: str) -> str:
+    plural = thing + ("es" if thing.endswith(("s", "ch")) else "s")
+    return f"{count:,} {thing if count == 1 else plural}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,}"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:,.3g}" if flops < 1e12 else f"{flops / 1e9:,.0f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns: words to the left, numbers to the right."""
+    widths = [max(len(row[at]) for row in (heads, *rows)) for at in range(len(heads))]
+    right = [all(row[at][:1].isdecimal() or not row[at] for row in rows) for at in range(len(heads))]
+    return [
+        "  "
+        + "  ".join(
+            f"{cell:>{width}}" if to_right else f"{cell:<{width}}"
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in (heads, *rows)
+    ]

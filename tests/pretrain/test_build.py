@@ -12,8 +12,8 @@ from datasets.loader import Feed
 from datasets.scenes import Scenes
 from datasets.sources import SourceConfig
 from objectives import objective_class
-from objectives.base import Objective, Widths
-from pretrain.build import check_size, check_written, feeding
+from objectives.base import FUSED, IMAGE, TEXT, Objective, Pass, Widths
+from pretrain.build import check_fused, check_size, check_written, drop_unread, feeding
 from pretrain.cli import parse
 from pretrain.config import Run
 
@@ -31,6 +31,29 @@ def test_texts_that_nothing_opens_are_not_to_be_written():
     check_written(unopened, objectives("itc", "siglip"))
     with pytest.raises(UserError, match="objective 'lm' predicts texts from their start token"):
         check_written(unopened, objectives("siglip", "lm"))
+
+
+def reading(*passes: Pass) -> dict[str, Any]:
+    return {"some": SimpleNamespace(passes=passes)}
+
+
+def test_a_text_tower_of_transformers_is_not_to_look_at_images():
+    unable: Any = SimpleNamespace(fusion=None)
+    check_fused(unable, reading(IMAGE, TEXT))
+    check_fused(SimpleNamespace(fusion=object()), reading(FUSED))  # type: ignore[arg-type]
+    sentence = "objective 'some' reads text and image together, and this model's text tower is one of transf"
+    with pytest.raises(UserError, match=sentence):
+        check_fused(unable, reading(FUSED))
+
+
+@pytest.mark.parametrize(
+    ("passes", "left"),
+    [((IMAGE,), set()), ((IMAGE, TEXT), {"text"}), ((IMAGE, FUSED), {"text", "fusion"})],
+)
+def test_the_text_tower_stays_where_fusion_reads_it(passes, left):
+    model: Any = SimpleNamespace(text=1, captioner=SimpleNamespace(reads_states=True), fusion=1)
+    drop_unread(model, reading(*passes))
+    assert {name for name in ("text", "captioner", "fusion") if getattr(model, name) is not None} == left
 
 
 def mixture(**sources: tuple[Holds, str]) -> tuple[Run, list[Feed]]:

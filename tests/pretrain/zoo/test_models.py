@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from datasets.errors import UserError
 from datasets.tokens import HubTokens, OpenClipTokens
 from pretrain.cli import parse
+from pretrain.zoo import models
 from pretrain.zoo.coca import CoCaDecoder
-from pretrain.zoo.models import OpenClipConfig, build_model, own_resolution, own_tokenizer
+from pretrain.zoo.models import DualConfig, OpenClipConfig, build_model, own_resolution, own_tokenizer
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 CLIP = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -174,3 +175,34 @@ def test_a_path_is_a_model_on_the_command_line_and_its_resolution_that_of_every_
         run = parse(["--model", f"open_clip:{name}", "--model.tokenizer", "words"]).run
         assert run.model == OpenClipConfig(name=name, tokenizer="words")
         assert {stage.resolution for stage in run.stages.values()} == {32}
+
+
+@pytest.mark.parametrize("kind", ["dual", "open_clip"])
+def test_the_fusion_tower_changes_no_other_weight_and_no_later_number(kind, tmp_path, monkeypatch):
+    config = DualConfig() if kind == "dual" else OpenClipConfig(name=write(tmp_path, CLIP))
+    tokenizer: Any = own_tokenizer(OpenClipConfig(name=write(tmp_path, CLIP)))
+
+    def build() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model(config, tokenizer=tokenizer, resolution=32, temperature=(10.0, None))
+        state = {name: value for name, value in model.state_dict().items() if "fusion" not in name}
+        return state, torch.rand(3)
+
+    state, later = build()
+    monkeypatch.setattr(models, "build_fusion", lambda *_, **__: None)
+    alone, after = build()
+    assert state.keys() == alone.keys()
+    assert all(torch.equal(state[name], alone[name]) for name in state)
+    assert torch.equal(later, after)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model.fusion.heads", "-1"], r"--model\.fusion\.heads is -1; it must be at least 0"),
+        (["--model.fusion.every", "0"], r"--model\.fusion\.every is 0; it must be at least 1"),
+    ],
+)
+def test_sizes_of_a_fusion_tower_that_none_can_have_are_refused(flags, says):
+    with pytest.raises(UserError, match=says):
+        parse(["--objectives", "itc", *flags])

@@ -1,115 +1,277 @@
 """What contrastive objectives share: who is whose positive, an exact product, and a temperature.
 
-n pairs here, b images here, G pairs of all ranks, B images of all ranks, D width.
+n pairs here, N texts and b images here, G texts and B images of all ranks, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from datasets.batch import Batch
 from objectives.base import IMAGE, TEXT, Encodings
-from objectives.gather import count_rows
+from objectives.gather import Rows, Wire, count_rows, grid_of
+from objectives.strips import Block, exact, tile_shape
 
 MAX_LOGIT_SCALE = math.log(100)
 """The bound of CLIP (arXiv 2103.00020, section 2.5), kept outside the graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The whole global batch as one rank sees it: its own pairs as rows, everybody's as columns.
+class Known:
+    """The whole global batch by its identities: what belongs together, on every rank the same.
 
-    A text equal to this pair's, or another text of this pair's image, is no negative: `kin` says which.
-    Masked slots are in no pair and are no candidates.
+    A text equal to a pair's, or another text of its image, is no negative of that pair. Masked slots are in
+    no pair and are no candidates.
     """
 
+    images: Rows
+    texts: Rows
     own: Tensor
     """(n,) places of our valid pairs' texts among our texts."""
-    images: Tensor
-    """(n, D) the image of each of our pairs."""
-    texts: Tensor
-    """(n, D) the text of each of our pairs."""
-    all_images: Tensor
-    """(B, D)"""
-    all_texts: Tensor
-    """(G, D)"""
-    image_target: Tensor
-    """(n,) place of our pair's image among all images."""
-    text_target: Tensor
-    """(n,) place of our pair's text among all texts."""
-    kin_images: Tensor
-    """(n, B) bool: images that our pair's text, or an equal one, describes."""
-    kin_texts: Tensor
-    """(n, G) bool: texts that describe our pair's image, or equal one that does."""
     image_valid: Tensor
     """(B,) bool"""
-    text_valid: Tensor
-    """(G,) bool"""
+    text_image: Tensor
+    """(G,) place of each text's image among all images; -1 where the text is in no valid pair."""
+    text_word: Tensor
+    """(G,) number of the caption, equal for equal captions; -1 where the text is in no valid pair."""
 
 
-def pool(encodings: Encodings, batch: Batch) -> Pool:
-    """Gather the embeddings of every rank, with gradient, and work out who is whose positive."""
-    device = batch.tokens.device
-    image_rows = count_rows(len(batch.images), encodings.group, device)
-    text_rows = count_rows(len(batch.tokens), encodings.group, device)
+@dataclass(slots=True)
+class _Met:
+    """What was gathered for one micro-batch, by whichever objective came first."""
 
-    known = [batch.image_index.clamp(min=0) + image_rows.offset, batch.text_id, batch.pair_valid.long()]
-    all_image_index, all_text_id, all_text_valid = text_rows.gather(torch.stack(known, dim=1)).unbind(1)
-    all_text_valid = all_text_valid.bool()
-    all_image_valid = image_rows.gather(batch.image_valid.long()).bool()
+    known: Known
+    blocks: dict[Wire, Block]
+    everyone: dict[str, Tensor]
 
-    own = batch.pair_valid.nonzero().squeeze(1)
-    image_target = batch.image_index[own] + image_rows.offset
-    same_text = batch.text_id[own, None] == all_text_id
-    same_image = image_target[:, None] == all_image_index
-    kin_texts = (same_text | same_image) & all_text_valid
-    kin_images = torch.zeros(len(own), len(all_image_valid), dtype=torch.int32, device=device)
-    kin_images.scatter_add_(1, all_image_index.expand(len(own), -1), kin_texts.int())
 
-    image, text = encodings[IMAGE], encodings[TEXT]
-    return Pool(
-        own=own,
-        images=image[batch.image_index[own]],
-        texts=text[own],
-        all_images=image_rows.gather(image),
-        all_texts=text_rows.gather(text),
-        image_target=image_target,
-        text_target=own + text_rows.offset,
-        kin_images=kin_images > 0,
-        kin_texts=kin_texts,
-        image_valid=all_image_valid,
-        text_valid=all_text_valid,
+_MET: WeakKeyDictionary[Encodings, _Met] = WeakKeyDictionary()
+
+
+def meet(encodings: Encodings, batch: Batch) -> Known:
+    """Learn who is whose positive among all ranks; gathered once for these encodings, and kept with them."""
+    return _met(encodings, batch).known
+
+
+def _met(encodings: Encodings, batch: Batch) -> _Met:
+    if encodings not in _MET:
+        _MET[encodings] = _Met(_learn(encodings, batch), {}, {})
+    return _MET[encodings]
+
+
+def _learn(encodings: Encodings, batch: Batch) -> Known:
+    device, group = batch.tokens.device, encodings.group
+    images, texts = (count_rows(len(rows), group, device) for rows in (batch.images, batch.tokens))
+    valid = batch.pair_valid
+    image = torch.where(valid, batch.image_index + images.offset, -1)
+    text_image, text_id = texts.collect(torch.stack([image, batch.text_id], dim=1)).unbind(1)
+    paired = text_image >= 0
+    word = torch.full_like(text_image, -1)
+    word[paired] = _numbered(text_id[paired])[1]
+    return Known(
+        images=images,
+        texts=texts,
+        own=valid.nonzero().squeeze(1),
+        image_valid=images.collect(batch.image_valid.to(torch.uint8)).bool(),
+        text_image=text_image,
+        text_word=word,
     )
+
+
+def _numbered(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values, sorted, and for each value its place among them."""
+    return torch.unique(values, return_inverse=True)  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """All columns of the whole matrix, and which of them each pair reads (see `Block`)."""
+
+    word: Tensor
+    """(B,) the caption whose other texts are no negatives of an image, or -1."""
+    more_image: Tensor
+    """(X,) images of the columns that are none of the B."""
+    more_word: Tensor
+    """(X,)"""
+    of_pair: Tensor
+    """(G,) below B an image, else B + which of the X; -1 where the text is in no valid pair."""
+    special: Tensor
+    """(G,) bool: texts with more kin than the column of their own image."""
+
+
+def _columns(known: Known) -> _Columns:
+    pairs = (known.text_image >= 0).nonzero().squeeze(1)
+    image, word = known.text_image[pairs], known.text_word[pairs]
+    images = len(known.image_valid)
+    # Captions that stand beside several images.
+    first, last = (
+        word.new_zeros(len(pairs)).scatter_reduce_(0, word, image, how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    shared = torch.where((first != last)[word], word, -1)
+    # Pairs of one image are read down one column where their captions exclude the same texts.
+    kinds, kind = _numbered(image * (len(pairs) + 1) + shared + 1)
+    kind_image, kind_word = kinds // (len(pairs) + 1), kinds % (len(pairs) + 1) - 1
+    mixed = torch.bincount(kind_image, minlength=images) > 1
+    more = mixed[kind_image]
+    own_word = torch.full((images,), -1, device=word.device)
+    own_word[kind_image[~more]] = kind_word[~more]
+    column = torch.where(more, images - 1 + more.cumsum(0), kind_image)
+    of_pair, special = (
+        torch.full_like(known.text_image, -1),
+        torch.zeros_like(known.text_image, dtype=torch.bool),
+    )
+    of_pair[pairs] = column[kind]
+    special[pairs] = (shared >= 0) | mixed[image]
+    return _Columns(own_word, kind_image[more], kind_word[more], of_pair, special)
+
+
+def block(encodings: Encodings, batch: Batch, wire: Wire) -> Block:
+    """Gather what this rank's part of the matrix needs, once for these encodings, without gradient."""
+    met = _met(encodings, batch)
+    if wire not in met.blocks:
+        met.blocks[wire] = _gather_block(met.known, encodings, wire)
+    return met.blocks[wire]
+
+
+def _gather_block(known: Known, encodings: Encodings, wire: Wire) -> Block:
+    grid, columns = grid_of(encodings.group), _columns(known)
+    text_rows, image_rows = grid.rows_down(known.texts), grid.rows_across(known.images)
+    device = known.own.device
+
+    def places(rows: Rows, members: tuple[int, ...]) -> Tensor:
+        """Of the rows of these ranks, the places among all ranks' rows."""
+        starts = [sum(rows.counts[:member]) for member in members]
+        parts = [torch.arange(at, at + rows.counts[m]) for at, m in zip(starts, members, strict=True)]
+        return torch.cat(parts).to(device)
+
+    text_place = places(known.texts, grid.down)
+    row = (known.text_image[text_place] >= 0).nonzero().squeeze(1)
+    text_place = text_place[row]
+    image_place = places(known.images, grid.across)
+    readable = known.image_valid[image_place].nonzero().squeeze(1)
+    # Where each image and each further column stands in this block; -1 in another rank's.
+    total = len(known.image_valid)
+    at = torch.full((total + len(columns.more_image),), -1, device=device)
+    at[image_place[readable]] = torch.arange(len(readable), device=device)
+    more = (at[columns.more_image] >= 0).nonzero().squeeze(1)
+    base = at[columns.more_image[more]]
+    at[total + more] = len(readable) + torch.arange(len(more), device=device)
+    column = torch.cat([readable, readable[base]])
+    pairs = places(known.texts, grid.across)
+    reads = columns.of_pair[pairs]
+    sizes = [known.texts.counts[member] for member in grid.across]
+    counts = tuple(int(part.sum()) for part in torch.split(reads >= 0, sizes))
+    start = text_rows.offset
+    inside = (row >= start) & (row < start + text_rows.counts[text_rows.rank])
+    return Block(
+        texts=text_rows.collect(encodings[TEXT].detach(), wire),
+        images=image_rows.collect(encodings[IMAGE].detach(), wire),
+        text_rows=text_rows,
+        image_rows=image_rows,
+        wire=wire,
+        row=row,
+        column=None if len(column) == len(readable) == len(image_place) else column,
+        bases=len(readable),
+        row_image=known.text_image[text_place],
+        row_word=known.text_word[text_place],
+        column_image=torch.cat([image_place[readable], columns.more_image[more]]),
+        column_word=torch.cat([columns.word[image_place[readable]], columns.more_word[more]]),
+        base=base,
+        own=at[known.text_image[text_place]],
+        special=columns.special[text_place].nonzero().squeeze(1).cpu(),
+        mine=inside.nonzero().squeeze(1),
+        pair_column=at[reads[reads >= 0]],
+        pair_rows=Rows(counts, image_rows.rank, image_rows.group),
+    )
+
+
+def wire_error(here: Block, encodings: Encodings, batch: Batch, scale: Tensor) -> dict[str, Tensor]:
+    """What rounding on the wire does: the sum over our pairs of the error of the pair's own logit.
+
+    A softmax, and with it a gradient, is wrong by about this share. Nothing where nothing is rounded.
+    """
+    if here.wire == "exact":
+        return {}
+    with torch.no_grad():
+        own = batch.pair_valid.nonzero().squeeze(1)
+        image, text = encodings[IMAGE][batch.image_index[own]].float(), encodings[TEXT][own].float()
+        rounded = image.bfloat16().float() * text.bfloat16().float()
+        return {"wire_error": scale * (rounded - image * text).sum(1).abs().sum()}
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Some of our pairs against the candidates of all ranks."""
+
+    pairs: Tensor
+    """(s,) places of the pairs' texts among our texts."""
+    columns: Tensor
+    """(C,) places of the candidates among the images, or the texts, of all ranks."""
+    logits: Tensor
+    """(s, C) scaled similarities; -inf at the pair's own, its image's other texts and equal captions."""
+
+
+@torch.no_grad()
+def candidates(
+    encodings: Encodings, batch: Batch, toward: Literal["image", "text"], scale: Tensor
+) -> Iterator[Strip]:
+    """Our valid pairs against everything that is no known positive of theirs, without gradient.
+
+    All collectives happen here and now, on every rank, also one without pairs.
+
+    Args:
+        encodings: of the micro-batch.
+        batch: the micro-batch.
+        toward: `image` for our texts against all images, `text` for our pairs' images against all texts.
+        scale: (1,) of the similarity.
+
+    Returns:
+        An iterator over strips of pairs, in order; it waits for no other rank.
+    """
+    met = _met(encodings, batch)
+    rows = met.known.images if toward == "image" else met.known.texts
+    if toward not in met.everyone:
+        met.everyone[toward] = rows.collect(encodings[IMAGE if toward == "image" else TEXT].detach())
+    return _against(met.known, encodings, batch, toward, scale.detach(), met.everyone[toward])
+
+
+def _against(
+    known: Known, encodings: Encodings, batch: Batch, toward: str, scale: Tensor, everyone: Tensor
+) -> Iterator[Strip]:
+    columns = (known.image_valid if toward == "image" else known.text_image >= 0).nonzero().squeeze(1)
+    of_text = (known.text_image >= 0).nonzero().squeeze(1)
+    image, word = known.text_image[of_text], known.text_word[of_text]
+    height, _ = tile_shape(columns.device)
+    for own in torch.split(known.own, height):
+        if toward == "image":
+            rows = encodings[TEXT].detach()[own]
+        else:
+            rows = encodings[IMAGE].detach()[batch.image_index[own]]
+        place = own + known.texts.offset
+        same = known.text_image[place, None] == image
+        same |= known.text_word[place, None] == word
+        kin = same
+        if toward == "image":
+            kin = same.new_zeros(len(own), len(known.image_valid), dtype=torch.int32)
+            kin = kin.index_add_(1, image, same.int())[:, columns] > 0
+        logits = scale * similarity(rows, everyone[columns])
+        yield Strip(own, columns, logits.masked_fill_(kin, -torch.inf))
 
 
 def similarity(rows: Tensor, columns: Tensor) -> Tensor:
     """(n, D), (G, D) -> (n, G) inner products in ieee float32 (float64 stays), backward included.
 
-    Logits of contrast must not be rounded to bfloat16 or TF32: at scale 100 that is an error of 0.4 in the
-    exponent. Autocast and the global matmul precision are therefore set aside here, in both directions.
+    Autocast and the global matmul precision are set aside, in both directions.
     """
     return _ExactProduct.apply(rows, columns)  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _ieee(device: torch.device) -> Generator[None]:
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore
-    before: list[str] = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class _ExactProduct(torch.autograd.Function):
@@ -118,15 +280,15 @@ class _ExactProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(rows, columns)
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        with _ieee(rows.device):
-            return rows.to(exact) @ columns.to(exact).T
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        with exact(rows.device):
+            return rows.to(wide) @ columns.to(wide).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (gradient,) = gradients
         rows, columns = ctx.saved_tensors
-        with _ieee(rows.device):
+        with exact(rows.device):
             of_rows = gradient @ columns.to(gradient.dtype)
             of_columns = gradient.T @ rows.to(gradient.dtype)
         return of_rows.to(rows.dtype), of_columns.to(columns.dtype)

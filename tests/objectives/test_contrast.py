@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from datasets.batch import Batch
 from objectives.base import IMAGE, TEXT, Widths
 from objectives.contrast import similarity
-from objectives.itc import ITC, info_nce
-from objectives.siglip import SigLIP, sigmoid_loss
+from objectives.itc import ITC
+from objectives.siglip import SigLIP
 
 WIDTHS = Widths(embed=16, image_tokens=1, text_tokens=1, vocabulary=1, temperature=True, contrast=False)
 
@@ -147,30 +147,24 @@ def test_siglip_on_ragged_batches_is_the_formula(kind):
 
 def test_siglip_starts_at_the_prior():
     """Algorithm 1: with bias -10 far-apart negatives cost almost nothing (the paper's equation would not)."""
-    loss = sigmoid_loss(10.0 * torch.zeros(1, 1) - 10.0, torch.zeros(1, 1, dtype=torch.bool))
-    assert loss.item() < 1e-4
+    axes = torch.eye(16, dtype=torch.float64)
+    encodings = Given(axes[:8].requires_grad_(), axes[:8].clone().requires_grad_(), scale=10.0, bias=-10.0)
+    total = SigLIP(SigLIP.Config(), WIDTHS)(encodings, batch_of(list(range(8)), images=8)).total.item()
+    assert total == pytest.approx(8 * math.log(2) + 56 * math.log1p(math.exp(-10)), rel=1e-12)
 
 
 def test_label_smoothing_is_that_of_torch_where_nothing_is_excluded():
-    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([0, 3, 6, 1, 1])
-    nothing = torch.zeros(5, 7, dtype=torch.bool)
-    ours = info_nce(logits, target, nothing, smoothing=0.1)
-    theirs = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-
-
-def test_label_smoothing_ignores_what_is_excluded():
-    logits = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    excluded = torch.tensor([[False, True, False, False], [False, False, False, True]])
-    ours = info_nce(logits, torch.tensor([0, 1]), excluded, smoothing=0.2)
-    theirs = torch.stack(
-        [
-            F.cross_entropy(logits[0, [0, 2, 3]], torch.tensor(0), label_smoothing=0.2),
-            F.cross_entropy(logits[1, [0, 1, 2]], torch.tensor(1), label_smoothing=0.2),
-        ]
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    image, text = unit(12, 0), unit(12, 1)
+    objective = ITC(ITC.Config(smoothing=0.1), WIDTHS)
+    ours = objective(Given(image, text, scale=7.0), batch_of(list(range(12)), images=12)).total
+    logits, target = 7.0 * text @ image.T, torch.arange(12)
+    theirs = sum(F.cross_entropy(m, target, label_smoothing=0.1, reduction="sum") for m in (logits, logits.T))
+    assert isinstance(theirs, torch.Tensor)
+    torch.testing.assert_close(ours, theirs / 2, rtol=1e-12, atol=0)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, [image, text]), torch.autograd.grad(theirs / 2, [image, text]), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-14)
 
 
 def test_the_product_is_exact_under_autocast_and_low_matmul_precision():

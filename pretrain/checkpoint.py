@@ -179,8 +179,10 @@ def commit(beside: Path, files: Mapping[str, Entry]) -> Path:
     assert step is not None
     with _told(target.parent, step):
         for name, entry in files.items():
-            if (beside / name).stat().st_size != entry["bytes"]:
-                raise OSError(errno.EIO, "not all of it is there", name)
+            seen = beside / name
+            if not seen.is_file() or seen.stat().st_size != entry["bytes"]:
+                reason = f"rank zero does not see {name}; every rank must write in the same directory"
+                raise OSError(errno.ENOENT, reason)
         manifest = {"format": FORMAT, "step": step, "files": dict(files)}
         write(beside / "manifest.json", iter([json.dumps(manifest, indent=1).encode()]))
         _sync(beside)

@@ -66,7 +66,9 @@ class Cadence:
     checkpoint: int = 200
     """Steps between two checkpoints; the last step always makes one."""
     keep: int = 2
-    """Checkpoints that stay on disk."""
+    """Checkpoints that stay on disk: the newest ones that verify."""
+    keep_every: int = 0
+    """Those of steps that are multiples of it stay too; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,7 @@ class Run:
             "--eval.limit": (self.eval.limit, 0),
             "--eval.batch": (self.eval.batch, 1),
             "--eval.rerank": (self.eval.rerank, 0),
+            "--cadence.keep-every": (self.cadence.keep_every, 0),
             "--cadence.keep": (self.cadence.keep, 2),  # the newest may be cut short by a crash
             "--seed": (self.seed, 0),
             "--precision.threads": (self.precision.threads, 0),

@@ -47,11 +47,13 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                     "stop": float(preemption.requested is not None),
                     "masked": len(portion.masked),
                     "unfit": sum(not is_fit(batch) for batch in portion.batches),
+                    **training.saver.asks(),
                 }
                 agreed = agree(training.setup, batches, asking=asking)
+                training.saver.settle(agreed.sums)
                 if agreed.sums["stop"]:
                     check_sound(training, stretch)
-                    save(training)
+                    save(training, last=True)
                     return "interrupted"
                 faults = _set_aside(training, portion.masked, agreed, stretch)
                 fault = _one_step(training, stretch, portion, batches, agreed)
@@ -68,8 +70,10 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 due = done % training.run.cadence.checkpoint == 0 and not training.standing.streak
                 if judged or due:
                     check_sound(training, stretch)
-                    save(training)
+                    save(training, last=done == training.curriculum.steps)
                 if judged:
+                    with training.clock.pause():
+                        training.saver.finish()
                     during.evaluate(training)
     return "finished"
 
@@ -189,7 +193,7 @@ def _set_aside(
         one = all_masked[0]
         verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
     if verdict is not None:
-        save(training)
+        save(training, last=True)
         training.ranks.on_zero(lambda: _stop(verdict))
     return Counter(one.fault.kind for one in all_masked)
 

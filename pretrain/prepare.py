@@ -19,6 +19,7 @@ from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.elastic import check_ranks
 from pretrain.explain import summary
+from pretrain.flops import StepFlops
 from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.lineage import changes, keep, known, unlike_kept
@@ -70,7 +71,7 @@ def build(
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 
     setting = Setting.of(run, data.feeds, ranks)
-    stopwatch = Stopwatch(ranks.device)
+    stopwatch = Stopwatch(ranks.device, flops=StepFlops(sights=2 if run.spread.compile else 1))
     stopwatch.attach(pretrainer)
     training = Training(
         run=run,
@@ -87,6 +88,7 @@ def build(
         stopwatch=stopwatch,
         health=Health(data.meter, setting, ranks, accounts=standing.accounts),
     )
+    stack.callback(training.saver.close)
     if ranks.zero:
         _open_records(training, data, changed, stack)
     since = [f"changed since the last start: {words}" for words in changed]

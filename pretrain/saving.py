@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from pretrain import checkpoint
-from pretrain.pieces import stage
+from datasets.errors import UserError
+from pretrain.distributed import SaidByRankZeroError
 from pretrain.reports import report
 from pretrain.state import capture
 from pretrain.training import Training
 
 
-def save(training: Training) -> None:
-    """Bring everything that is known to the disk: ledger first, then the checkpoint it belongs to."""
+def save(training: Training, *, last: bool = False) -> None:
+    """Bring everything that is known to the disk: ledger first, then the checkpoint it belongs to.
+
+    That is written while training goes on; if it cannot be, that is said, and those before it stay.
+
+    Args:
+        training: where it stands is saved.
+        last: nothing comes after it, so that it is waited for.
+
+    Raises:
+        UserError: the last one cannot be written.
+    """
     report(training)
-    ranks, folder, step = training.ranks, training.rundir.checkpoints, training.standing.step
     with training.clock.pause():
         for file in (training.ledger, training.quarantine):
             if file is not None:
                 file.flush()
-        beside = ranks.on_zero(lambda: checkpoint.begin(folder, step))
-        if beside is None:
-            return
-        tensors = capture(training.pretrainer, training.optimizer)
-        staged = {group: stage(named, zero=ranks.zero) for group, named in tensors.items()}
-        state = training.standing.plain() if ranks.zero else None
-        files = checkpoint.write_part(beside, staged, rank=ranks.rank, state=state)
-        everyone = {name: entry for each in ranks.gather_objects(files) for name, entry in each.items()}
-        ranks.on_zero(lambda: checkpoint.commit(beside, everyone))
-        if ranks.zero:
-            checkpoint.prune(folder, keep=training.run.cadence.keep)
-        ranks.wait()
+        training.saver.begin(
+            training.standing.step,
+            lambda: capture(training.pretrainer, training.optimizer),
+            training.standing.plain(),
+            last=last,
+        )
+        failure = training.saver.finish() if last else None
+    if failure is not None:
+        raise UserError(failure) if training.ranks.zero else SaidByRankZeroError(failure)

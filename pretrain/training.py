@@ -15,6 +15,7 @@ from pretrain.clock import Clock
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks
+from pretrain.flight import Saver
 from pretrain.health import Health
 from pretrain.ledger import Ledger
 from pretrain.pretrainer import Pretrainer
@@ -60,3 +61,15 @@ class Training:
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
     quarantine: Quarantine | None = None
     """The samples that could not be read; rank zero's."""
+    saver: Saver = field(init=False)
+    """Writes the checkpoints."""
+
+    def __post_init__(self) -> None:
+        cadence = self.run.cadence
+        self.saver = Saver(
+            self.ranks,
+            self.rundir.checkpoints,
+            keep=cadence.keep,
+            keep_every=cadence.keep_every,
+            note=lambda sentence: self.sink.note(sentence),
+        )

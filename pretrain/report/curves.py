@@ -29,6 +29,7 @@ _NOT_DRAWN = {"step", "time", "finished", "perf/seconds_left"}
 _TITLES = {
     "train/loss": "loss, weighted sum",
     "train/lr": "learning rate",
+    "train/skipped": "steps skipped",
     "eval/cider_d": "CIDEr-D",
     "eval/bleu_1": "BLEU-1",
     "eval/bleu_4": "BLEU-4",
@@ -50,7 +51,11 @@ _TITLES = {
     "data/fetch_mib_per_second": "MiB fetched per second",
     "data/retries": "reads and fetches tried again",
 }
-_BY_KIND = {"data/masked/": "samples that could not be read", "data/mended/": "texts mended"}
+_BY_KIND = {
+    "data/masked/": "samples that could not be read",
+    "data/mended/": "texts mended",
+    "train/skipped/": "steps skipped",
+}
 _STEADY = ("eval/", "train/lr", "model/logit_scale", "perf/memory_gib")
 """Beside counts: what is shown as it is."""
 _FROM_ZERO = ("perf/", "data/")

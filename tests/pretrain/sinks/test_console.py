@@ -36,6 +36,16 @@ def test_one_plain_line_per_report_where_the_output_is_a_file():
     ]
 
 
+def test_a_line_tells_what_a_step_goes_into_and_leaves_trifles_out():
+    stream = io.StringIO()
+    parts = {"forward": 0.31, "backward": 0.6, "optimizer": 0.04, "wait": 0.001, "data": 0.03}
+    used = {"perf/mfu": 0.284, **{f"perf/part/{part}": share for part, share in parts.items()}}
+    console(stream, total=100).step(10, {**VALUES, **used})
+    assert stream.getvalue().endswith(
+        "512/s  mfu 28%  wait 3%  left 0:04:12  (forward 31% backward 60% optimizer 4% data 3%)\n"
+    )
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """A stream on a pseudo-terminal of 100 columns, and all that was shown on it so far."""

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import signal
 import tarfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,24 @@ def members():
             return {info.name: (info.offset_data, info.size) for info in tar}
 
     return find
+
+
+@pytest.fixture(scope="session")
+def in_child():
+    """Runs something in a fork of this process, in which it may be killed."""
+
+    def run(work) -> int:
+        """Run in a forked process, which may be killed; 0 if it came to its end, -9 if killed."""
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(30)
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run

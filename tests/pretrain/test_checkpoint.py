@@ -5,7 +5,6 @@ import resource
 import signal
 import stat
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -52,21 +51,6 @@ def holds(folder, step):
     assert loaded.keys() == expected.keys()
     assert all(loaded[g].keys() == expected[g].keys() for g in expected)
     return all(same(loaded[g][n], expected[g][n]) for g in expected for n in expected[g])
-
-
-def in_child(work) -> int:
-    """Run in a forked process, which may be killed; 0 if it came to its end, -9 if killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(30)
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_round_trip_of_every_dtype_and_shape(tmp_path):
@@ -276,7 +260,7 @@ PHASES += [("replace", 1, "before"), ("replace", 1, "after")]
 
 
 @pytest.mark.parametrize(("call", "number", "when"), PHASES)
-def test_killed_in_every_phase_of_a_save(tmp_path, call, number, when):
+def test_killed_in_every_phase_of_a_save(tmp_path, call, number, when, in_child):
     save(tmp_path, 1)
     assert in_child(lambda: (killer(call, number, when), save(tmp_path, 2))) == -signal.SIGKILL
     published = (call, number, when) == ("replace", 1, "after") or (call, number) == ("fsync", 6)
@@ -309,7 +293,7 @@ def test_a_save_syncs_each_file_then_its_directory_then_publishes(tmp_path, monk
     assert events == [*FILES, "step-00000007", "publish", "checkpoints"]
 
 
-def test_a_full_disk_is_one_sentence_and_harms_nothing(tmp_path):
+def test_a_full_disk_is_one_sentence_and_harms_nothing(tmp_path, in_child):
     save(tmp_path, 1)
 
     def work():
@@ -347,7 +331,7 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-def test_nothing_is_unpickled_from_a_hostile_directory(tmp_path, monkeypatch):
+def test_nothing_is_unpickled_from_a_hostile_directory(tmp_path, monkeypatch, in_child):
     import pickle  # noqa: TID251 - the attacker's
 
     monkeypatch.chdir(tmp_path)

@@ -232,6 +232,17 @@ def test_on_other_ranks_and_threads_every_step_has_the_samples_of_the_oracle(ora
     assert losses_of(out) == pytest.approx(losses_of(oracle), rel=1e-2)
 
 
+def test_sharded_it_goes_on_with_the_shards_of_other_ranks(oracle, flags, tmp_path):
+    """FSDP2 on four ranks, two, one that holds everything, and four again, killed in between."""
+    out = tmp_path / "run"
+    killed_and_resumed(out, f"{flags} --parallel fsdp", [4, 2, 1, 4])
+    assert samples_of(out) == samples_of(oracle)
+    assert state_of(out)["accounts"] == state_of(oracle)["accounts"]
+    assert losses_of(out) == pytest.approx(losses_of(oracle), rel=1e-2)
+    final = out / "checkpoints" / f"step-{STEPS:08d}"
+    assert len(list(final.glob("model-*.safetensors"))) == 4
+
+
 def test_on_two_ranks_all_along_the_ledger_is_that_of_two_ranks_to_the_bit(oracle, flags, tmp_path):
     straight = Program(tmp_path / "straight", flags, ranks=2)
     assert straight.wait() == launch.DONE, straight.said

@@ -28,6 +28,7 @@ from pretrain.curriculum import Stretch
 from pretrain.faults import Fault
 from pretrain.pretrainer import Pretrainer
 from pretrain.reports import report
+from pretrain.state import capture
 from pretrain.suspects import Suspect, find_suspects
 from pretrain.training import Training
 
@@ -89,13 +90,13 @@ def check_sound(training: Training, stretch: Stretch) -> None:
 
 @torch.no_grad()
 def unsound(pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The parameters and moments, of those that this rank holds, that are not finite."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in pretrainer.named_parameters():
-        named[name] = parameter
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                named[f"{name} ({key})"] = value
+    """The parameters and moments, of those that this rank holds, that are not finite.
+
+    Buffers may be what they like: a mask is made of infinities.
+    """
+    held = capture(pretrainer, optimizer)
+    parameters = {name: held["model"][name] for name, _ in pretrainer.named_parameters()}
+    named = {**parameters, **held["optimizer"]}
     flags = [_here(value).isfinite().all() for value in named.values()]
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     return [name for name, sound in zip(named, finite, strict=True) if not sound]

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from datasets.batch import Batch
 from objectives.base import IMAGE, TEXT, Encodings, Objective, Terms
 from pretrain.distributed import Ranks
 from pretrain.faults import is_fit
 from pretrain.optim import Optim, build_optimizer, set_rate
-from pretrain.parallel import wrap
+from pretrain.parallel import Spread, wrap
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
+from pretrain.state import capture
 from pretrain.step import Setup, StepReport, agree, train_step
 from pretrain.suspects import find_suspects
 from pretrain.testing import make_samples, split, tiny_pretrainer
@@ -25,6 +27,10 @@ SAMPLES = 23
 CHOSEN = 16
 """The sample that is spoiled. It has one text, and is on the last but one of four ranks."""
 KINDS = ("itc", "lm")
+ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
+WAYS = (("adamw", 1, "ddp"), ("adamw", 2, "ddp"), ("muon", 1, "ddp"), ("adamw", 2, "fsdp"))
+"""Optimizer, micro-batches and how it is spread."""
+PLACES = [(world, way) for world in (1, 2, 4) for way in WAYS if world > 1 or way[2] == "ddp"]
 
 
 class Remembering(Objective):
@@ -96,15 +102,18 @@ def in_loss(pretrainer: Pretrainer, batches: list[Batch], ranks: Ranks, value: f
 
 
 def in_gradient(pretrainer: Pretrainer, batches: list[Batch], ranks: Ranks, value: float):
-    """One number of a gradient is none, on the last rank."""
+    """One number of a gradient is none, on the last rank; every loss is one."""
 
-    def hook(gradient: Tensor) -> Tensor:
+    def spoil(gradient: Tensor) -> Tensor:
         spoiled = gradient.clone()
         spoiled.view(-1)[0] = value
-        return spoiled if ranks.rank == ranks.world - 1 else gradient
+        return spoiled
 
-    weight = pretrainer.get_parameter("model.image.project.weight")
-    return batches, [weight.register_hook(hook)]
+    def hook(module: Any, given: tuple[Tensor], said: Any) -> None:
+        if ranks.rank == ranks.world - 1 and said.pooled.requires_grad:
+            said.pooled.register_hook(spoil)
+
+    return batches, [pretrainer.model.image.register_forward_hook(hook)]
 
 
 def in_input(pretrainer: Pretrainer, batches: list[Batch], ranks: Ranks, value: float):
@@ -125,15 +134,16 @@ SPOILERS = {
 class Trainer:
     """A tiny run of optimizer steps."""
 
-    def __init__(self, ranks: Ranks, optimizer: str, micro_batches: int) -> None:
+    def __init__(self, ranks: Ranks, optimizer: str, micro_batches: int, parallel: str) -> None:
         self.ranks = ranks
         self.pretrainer = tiny_pretrainer(KINDS, ranks.group, dropout=0.1)
         remembering = Remembering(self.pretrainer.get_parameter("model.image.project.weight"))
         self.pretrainer.objectives["remembering"] = remembering  # type: ignore[index]
         self.optim = Optim(kind=optimizer, lr=0.05, warmup=0)  # type: ignore[arg-type]
-        self.optimizer = build_optimizer(self.pretrainer, self.optim)
         compute = Compute(device=ranks.device, bf16=False)
-        self.setup = Setup(wrapped=wrap(self.pretrainer, ranks), compute=compute)
+        spread = Spread(parallel=parallel)  # type: ignore[arg-type]
+        self.setup = Setup(wrapped=wrap(self.pretrainer, ranks, spread), compute=compute)
+        self.optimizer = build_optimizer(self.pretrainer, self.optim)
         self.batches = split(make_samples(SAMPLES), ranks, micro_batches)
 
     def step(self, number: int, batches: list[Batch]) -> StepReport:
@@ -151,20 +161,24 @@ class Trainer:
         )
 
     def state(self) -> list[str]:
-        """A hash of every tensor that a checkpoint holds."""
-        tensors = dict(self.pretrainer.state_dict())
-        for name, parameter in self.pretrainer.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}.{key}"] = value
-        return [f"{n} {blake2b(t.numpy().tobytes(), digest_size=8).hexdigest()}" for n, t in tensors.items()]
+        """A hash of every tensor that a checkpoint holds, as this rank holds it."""
+        held = capture(self.pretrainer, self.optimizer)
+        return [
+            f"{group} {name} {blake2b(own(tensor).numpy().tobytes(), digest_size=8).hexdigest()}"
+            for group, tensors in held.items()
+            for name, tensor in tensors.items()
+        ]
+
+
+def own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trained(
-    ranks: Ranks, *, spoiled: str = "", value: float = 0.0, optimizer: str = "adamw", micro_batches: int = 1
+    ranks: Ranks, *, way: tuple[str, int, str] = WAYS[0], spoiled: str = "", value: float = 0.0
 ) -> tuple[list[str], list[tuple[str, str, list[tuple[int, str, str]]]]]:
     """The state after two good steps, with a spoiled one between them or none; what was said of that."""
-    trainer, said = Trainer(ranks, optimizer, micro_batches), []
+    trainer, said = Trainer(ranks, *way), []
     assert trainer.step(0, trainer.batches).fault is None
     if spoiled:
         before = trainer.state()
@@ -183,13 +197,7 @@ def trained(
 @pytest.fixture(scope="module")
 def good(pool) -> dict[Any, list[list[str]]]:
     """The states of every rank after two good steps."""
-    return {
-        (world, optimizer, micro): [
-            state for state, _ in pool.run(trained, world, optimizer=optimizer, micro_batches=micro)
-        ]
-        for world in (1, 2, 4)
-        for optimizer, micro in (("adamw", 1), ("adamw", 2), ("muon", 1))
-    }
+    return {(world, way): [state for state, _ in pool.run(trained, world, way=way)] for world, way in PLACES}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
@@ -197,23 +205,18 @@ def good(pool) -> dict[Any, list[list[str]]]:
 @pytest.mark.parametrize("spoiled", SPOILERS)
 def test_one_bad_batch_is_one_step_that_is_skipped_on_every_rank(pool, good, spoiled, world, value):
     """[good, bad, good] is [good, good], to the bit: weights, moments, momentum copies and queues."""
-    check(pool, good, spoiled, world, value, "adamw", 1)
+    check(pool, good, spoiled, world, value, WAYS[0])
 
 
-@pytest.mark.parametrize(("optimizer", "micro_batches"), [("adamw", 2), ("muon", 1)])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "way"), [each for each in PLACES if each[1] != WAYS[0] and each[0] < 4])
 @pytest.mark.parametrize("spoiled", SPOILERS)
-def test_so_it_is_with_coupled_micro_batches_and_another_optimizer(
-    pool, good, spoiled, world, optimizer, micro_batches
-):
-    check(pool, good, spoiled, world, float("nan"), optimizer, micro_batches)
+def test_so_it_is_with_micro_batches_another_optimizer_and_shards(pool, good, spoiled, world, way):
+    check(pool, good, spoiled, world, float("nan"), way)
 
 
-def check(pool, good, spoiled: str, world: int, value: float, optimizer: str, micro_batches: int) -> None:
-    results = pool.run(
-        trained, world, spoiled=spoiled, value=value, optimizer=optimizer, micro_batches=micro_batches
-    )
-    assert [state for state, _ in results] == good[world, optimizer, micro_batches]
+def check(pool, good, spoiled: str, world: int, value: float, way: tuple[str, int, str]) -> None:
+    results = pool.run(trained, world, way=way, spoiled=spoiled, value=value)
+    assert [state for state, _ in results] == good[world, way]
     first, *others = [said for _, said in results]
     assert all(said == first for said in others)
     ((kind, sentence, suspects),) = first
@@ -231,15 +234,14 @@ def check(pool, good, spoiled: str, world: int, value: float, optimizer: str, mi
 
 def test_the_good_steps_have_changed_everything(pool, good):
     """Else equality would prove nothing."""
-    trainer = Trainer(Ranks(rank=0, world=1, device=torch.device("cpu"), group=None), "adamw", 1)
-    start, after = set(trainer.state()), set(good[1, "adamw", 1][0])
-    changed = {line.split()[0] for line in after - start}
+    start, after = set(Trainer(ALONE, *WAYS[0]).state()), set(good[1, WAYS[0]][0])
+    changed = {line.split()[1] for line in after - start}
     assert {"objectives.remembering.slow", "objectives.remembering.queue", "model.logit_scale"} <= changed
     assert len(changed) > 40
 
 
 def test_what_is_only_watched_may_be_no_number():
-    trainer = Trainer(Ranks(rank=0, world=1, device=torch.device("cpu"), group=None), "adamw", 1)
+    trainer = Trainer(ALONE, *WAYS[0])
     hook = trainer.pretrainer.objectives["itc"].register_forward_hook(
         lambda module, given, said: Terms(said.total, {"accuracy": torch.tensor(float("nan"))})
     )

@@ -1,5 +1,6 @@
 """The program as a user runs it: train, stop, be killed, go on, and make mistakes."""
 
+import errno
 import json
 import os
 import random
@@ -183,6 +184,44 @@ def test_killed_inside_a_save_the_run_ends_in_the_same_bits(straight, tmp_path, 
     monkeypatch.undo()
     assert in_child(command(out)) == launch.DONE
     assert final_model(out) == final_model(straight)
+
+
+def full_at(monkeypatch, *steps: int) -> None:
+    """There is no room for the checkpoints of these steps."""
+    real = checkpoint.write_part
+
+    def write_part(beside, *arguments, **named):
+        if beside.name.startswith(tuple(f"step-{step:08d}" for step in steps)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(beside, *arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "write_part", write_part)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(straight, tmp_path, monkeypatch, capsys):
+    full_at(monkeypatch, 6, 9)
+    assert launch.main(command(tmp_path / "run")) == launch.DONE
+    said = capsys.readouterr().out
+    for step in (6, 9):
+        assert f"warning: no checkpoint of step {step} could be written" in said
+    assert said.count("No space left on device") == 2
+    assert final_model(tmp_path / "run") == final_model(straight)
+    assert Ledger(tmp_path / "run" / "ledger").final() == Ledger(straight / "ledger").final()
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_whose_end_cannot_be_saved_says_so_and_may_be_ended_later(
+    straight, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        full_at(patch, STEPS)
+        assert launch.main(command(tmp_path / "run")) == launch.USER_ERROR
+    said = capsys.readouterr()
+    assert f"error: no checkpoint of step {STEPS} could be written in {tmp_path}" in said.err
+    assert said.err.count("\n") == 1
+    assert "warning" not in said.out
+    assert launch.main(command(tmp_path / "run")) == launch.DONE
+    assert final_model(tmp_path / "run") == final_model(straight)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -56,6 +56,8 @@ def _twice(forward: Callable[..., Any], *, kind: str) -> Callable[..., Any]:
     def computed_twice(*arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)
+        if torch.compiler.is_compiling():  # the choice is made once, while it compiles
+            return checkpoint(forward, *arguments, use_reentrant=False, **options)
         return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **options)
 
     return computed_twice

@@ -91,13 +91,10 @@ def build(
     stack.callback(training.saver.close)
     if ranks.zero:
         _open_records(training, data, changed, stack)
-    since = [f"changed since the last start: {words}" for words in changed]
     for message in [
         *messages,
-        *since,
-        *introduction(command, curriculum, standing),
-        *summary(pretrainer),
-        *(data.described() if len(data.feeds) > 1 else []),
+        *(f"changed since the last start: {words}" for words in changed),
+        *introduction(command, training, data),
         *cache_warnings(setting),
     ]:
         training.sink.note(message)
@@ -187,13 +184,15 @@ def _record(command: Command, data: Data, rundir: RunDir, *, other_data: bool) -
     keep(data.feeds, rundir)
 
 
-def introduction(command: Command, curriculum: Curriculum, standing: Standing) -> list[str]:
+def introduction(command: Command, training: Training, data: Data) -> list[str]:
     """What will happen, in a few lines."""
-    run = command.run
+    run, curriculum, standing = training.run, training.curriculum, training.standing
     objectives = " + ".join(run.objectives)
     begin = f"from step {standing.step}" if standing.step else "from the start"
     where = run.data if len(run.sources) == 1 else f"{len(run.sources)} sources"
     return [
         f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
         f"everything is kept in {command.out}",
+        *summary(training.pretrainer),
+        *(data.described() if len(data.feeds) > 1 else []),
     ]

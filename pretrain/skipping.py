@@ -134,8 +134,12 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _stop(training: Training, stretch: Stretch, reason: str) -> NoReturn:
-    """End the run on every rank with a sentence; what was done is in the ledger."""
+    """End the run on every rank with a sentence.
+
+    What was done is in the ledger, and a checkpoint of good weights that is being written is let land.
+    """
     report(training)
+    training.saver.finish()
 
     def say() -> NoReturn:
         raise UserError(reason.replace("{checkpoint}", _last(training)))

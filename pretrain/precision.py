@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from datasets.errors import UserError
+from pretrain.zoo.attention import spell_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,13 @@ def keep_in_bf16(module: nn.Module) -> None:
 
 
 def choose_attention(module: nn.Module, device: torch.device) -> None:
-    """Let timm's attention spell out its products on a CPU.
+    """Let the attention of timm, and torch's own module in open_clip's blocks, spell out products on a CPU.
 
     There, the fused kernel's bfloat16 backward is several times slower than two matmuls and a softmax; what
-    goes through torch's own function is caught by `Compute.forward`.
+    goes through torch's own function is caught by `Compute.forward`, whose kernel is slower than these too.
     """
+    if device.type == "cpu":
+        spell_out(module)
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             setattr(part, "fused_attn", device.type != "cpu")  # noqa: B010  (timm declares it per class)

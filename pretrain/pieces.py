@@ -5,7 +5,7 @@ under the key of `torch.distributed.checkpoint`, whose HuggingFaceStorageReader 
 
     {"DCP_SHARDING_INFO": {NAME: {"saved_offsets": [2, 0], "shape": [8, 5]}}}
 
-That library itself does not write them: it sends pickled plans between the ranks while it saves, also from
+That library itself does not write them: it sends Python objects between the ranks while it saves, also from
 the thread that an asynchronous save runs in, and hashes nothing; what no file covers it leaves as it was.
 """
 

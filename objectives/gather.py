@@ -177,6 +177,12 @@ class Grid:
         return Rows(counts, members.index(all_rows.rank), group)
 
 
+def sides(world: int) -> tuple[int, int]:
+    """Rows and columns of the grid of so many ranks."""
+    rows = max(r for r in range(1, math.isqrt(world) + 1) if world % r == 0)
+    return rows, world // rows
+
+
 _GRIDS: WeakKeyDictionary[dist.ProcessGroup, Grid] = WeakKeyDictionary()
 
 
@@ -186,8 +192,7 @@ def grid_of(group: dist.ProcessGroup | None) -> Grid:
         return Grid((0,), (0,), None, None)
     if group not in _GRIDS:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
-        rows = max(r for r in range(1, math.isqrt(world) + 1) if world % r == 0)
-        columns = world // rows
+        _, columns = sides(world)
         down = tuple(range(rank % columns, world, columns))
         across = tuple(range(rank - rank % columns, rank - rank % columns + columns))
         # Every rank makes its column first: no two wait for each other in different groups.

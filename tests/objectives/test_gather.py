@@ -1,6 +1,6 @@
 import torch
 
-from objectives.gather import count_rows
+from objectives.gather import Rows, count_rows
 from pretrain.distributed import Ranks
 
 ROWS = [3, 1, 0, 2]
@@ -33,3 +33,10 @@ def test_rows_of_all_ranks_in_order_and_the_gradient_is_the_sum_over_ranks(pool)
                 first = sum(ROWS[:rank])
                 assert seen == values
                 assert mine == gradient[first : first + ROWS[rank]]
+
+
+def test_a_row_of_all_ranks_knows_its_owner():
+    layout = Rows((3, 1, 0, 2), 0, None)
+    rank, place = layout.owner(torch.tensor([[0, 2, 3], [4, 5, 1]]))
+    assert rank.tolist() == [[0, 0, 1], [3, 3, 0]]
+    assert place.tolist() == [[0, 2, 0], [0, 1, 1]]

@@ -25,7 +25,7 @@ LOG2E = 1 / math.log(2)
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile: on a CPU it stays in its caches, on a GPU it fills the device."""
-    return (512, 2048) if device.type == "cpu" else (4096, 16384)
+    return (512, 2048) if device.type == "cpu" else (2048, 8192)
 
 
 @contextmanager

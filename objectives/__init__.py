@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "itc": "objectives.itc.ITC",
     "siglip": "objectives.siglip.SigLIP",
+    "itm": "objectives.itm.ITM",
     "lm": "objectives.lm.LM",
 }
 """Kind -> class, as dotted strings: an objective is imported only when it is chosen."""

@@ -83,7 +83,7 @@ class Pairs:
         length = self.text_length[here]
         return Pairs(
             image=self.image[here] - first,
-            tokens=self.tokens[here, : int(length.max()) if len(length) else 0],
+            tokens=self.tokens[here, : int(length.max()) if len(length) else 2],
             text_length=length,
             matched=self.matched[here],
         )

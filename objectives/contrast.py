@@ -6,9 +6,8 @@ n pairs here, N texts and b images here, G texts and B images of all ranks, D wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from datasets.batch import Batch
 from objectives.base import IMAGE, TEXT, Encodings
 from objectives.gather import Rows, Wire, count_rows, grid_of
-from objectives.strips import Block, exact, tile_shape
+from objectives.strips import Block, exact
 
 MAX_LOGIT_SCALE = math.log(100)
 """The bound of CLIP (arXiv 2103.00020, section 2.5), kept outside the graph."""
@@ -49,7 +48,6 @@ class _Met:
 
     known: Known
     blocks: dict[Wire, Block]
-    everyone: dict[str, Tensor]
 
 
 _MET: WeakKeyDictionary[Encodings, _Met] = WeakKeyDictionary()
@@ -62,7 +60,7 @@ def meet(encodings: Encodings, batch: Batch) -> Known:
 
 def _met(encodings: Encodings, batch: Batch) -> _Met:
     if encodings not in _MET:
-        _MET[encodings] = _Met(_learn(encodings, batch), {}, {})
+        _MET[encodings] = _Met(_learn(encodings, batch), {})
     return _MET[encodings]
 
 
@@ -205,65 +203,6 @@ def wire_error(here: Block, encodings: Encodings, batch: Batch, scale: Tensor) -
         image, text = encodings[IMAGE][batch.image_index[own]].float(), encodings[TEXT][own].float()
         rounded = image.bfloat16().float() * text.bfloat16().float()
         return {"wire_error": scale * (rounded - image * text).sum(1).abs().sum()}
-
-
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """Some of our pairs against the candidates of all ranks."""
-
-    pairs: Tensor
-    """(s,) places of the pairs' texts among our texts."""
-    columns: Tensor
-    """(C,) places of the candidates among the images, or the texts, of all ranks."""
-    logits: Tensor
-    """(s, C) scaled similarities; -inf at the pair's own, its image's other texts and equal captions."""
-
-
-@torch.no_grad()
-def candidates(
-    encodings: Encodings, batch: Batch, toward: Literal["image", "text"], scale: Tensor
-) -> Iterator[Strip]:
-    """Our valid pairs against everything that is no known positive of theirs, without gradient.
-
-    All collectives happen here and now, on every rank, also one without pairs.
-
-    Args:
-        encodings: of the micro-batch.
-        batch: the micro-batch.
-        toward: `image` for our texts against all images, `text` for our pairs' images against all texts.
-        scale: (1,) of the similarity.
-
-    Returns:
-        An iterator over strips of pairs, in order; it waits for no other rank.
-    """
-    met = _met(encodings, batch)
-    rows = met.known.images if toward == "image" else met.known.texts
-    if toward not in met.everyone:
-        met.everyone[toward] = rows.collect(encodings[IMAGE if toward == "image" else TEXT].detach())
-    return _against(met.known, encodings, batch, toward, scale.detach(), met.everyone[toward])
-
-
-def _against(
-    known: Known, encodings: Encodings, batch: Batch, toward: str, scale: Tensor, everyone: Tensor
-) -> Iterator[Strip]:
-    columns = (known.image_valid if toward == "image" else known.text_image >= 0).nonzero().squeeze(1)
-    of_text = (known.text_image >= 0).nonzero().squeeze(1)
-    image, word = known.text_image[of_text], known.text_word[of_text]
-    height, _ = tile_shape(columns.device)
-    for own in torch.split(known.own, height):
-        if toward == "image":
-            rows = encodings[TEXT].detach()[own]
-        else:
-            rows = encodings[IMAGE].detach()[batch.image_index[own]]
-        place = own + known.texts.offset
-        same = known.text_image[place, None] == image
-        same |= known.text_word[place, None] == word
-        kin = same
-        if toward == "image":
-            kin = same.new_zeros(len(own), len(known.image_valid), dtype=torch.int32)
-            kin = kin.index_add_(1, image, same.int())[:, columns] > 0
-        logits = scale * similarity(rows, everyone[columns])
-        yield Strip(own, columns, logits.masked_fill_(kin, -torch.inf))
 
 
 def similarity(rows: Tensor, columns: Tensor) -> Tensor:

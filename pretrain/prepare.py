@@ -194,5 +194,6 @@ def introduction(command: Command, training: Training, data: Data) -> list[str]:
         f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
         f"everything is kept in {command.out}",
         *summary(training.pretrainer),
+        *(f"{name}: {each.remark}" for name, each in training.pretrainer.objectives.items() if each.remark),
         *(data.described() if len(data.feeds) > 1 else []),
     ]

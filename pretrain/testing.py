@@ -114,17 +114,21 @@ def _load(path: str) -> Any:
 
 
 class TinyImage(ImageTower):
-    """Patches of 4 pixels through one non-linear layer."""
+    """Patches of 4 pixels through one non-linear layer, of which a share is dropped."""
 
-    def __init__(self, *, width: int = 8, embed: int = 6) -> None:
+    def __init__(self, *, width: int = 8, embed: int = 6, dropout: float = 0.0) -> None:
+        from open_clip.transformer import PatchDropout
+
         super().__init__()
         self.width, self.embed = width, embed
         self.patches = nn.Conv2d(3, width, 4, 4)
+        self.dropout = PatchDropout(dropout, exclude_first_token=False)
         self.project = nn.Linear(width, embed)
 
     def forward(self, images: Tensor) -> Encoded:
         """(B, 3, H, W) -> (B, D), (B, P, W)."""
         tokens = self.patches(images.to(self.patches.weight.dtype) / 255).flatten(2).mT.tanh()
+        tokens = self.dropout(tokens)
         return Encoded(self.project(tokens.mean(1)), tokens)
 
 
@@ -171,9 +175,12 @@ def tiny_pretrainer(
     dropout: float = 0.0,
     feeds: Mapping[str, Sequence[str]] | None = None,
 ) -> Pretrainer:
-    """Tiny towers, decoder and fusion tower with these objectives, in float64; the same in every process."""
+    """Tiny towers, decoder and fusion tower with these objectives, in float64; the same in every process.
+
+    Dropout is that of words and of patches.
+    """
     torch.manual_seed(0)
-    image, text = TinyImage(), TinyText(dropout=dropout)
+    image, text = TinyImage(dropout=dropout), TinyText(dropout=dropout)
     model = Dual(
         image=image,
         text=text,

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from datasets.batch import Batch
 from objectives import strips
-from objectives.base import IMAGE, TEXT, Encodings, Objective, Widths
-from objectives.contrast import candidates, meet
+from objectives.base import IMAGE, TEXT, Objective, Widths
 from objectives.itc import ITC
 from objectives.siglip import SigLIP
 
@@ -263,28 +262,6 @@ def test_bfloat16_embeddings_have_bfloat16_gradients_and_exact_logits():
         wide = given(image.double(), text.double(), 20.0, -10.0)
         torch.testing.assert_close(total.double(), dense(wide, plain(32), smoothing)[0], rtol=1e-6, atol=0)
         assert torch.autograd.grad(total, image)[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("which", BATCHES)
-def test_candidates_are_everything_that_is_no_kin(shape, which):
-    batch = BATCHES[which]
-    image, text = features(len(batch.images), 5), features(len(batch.tokens), 6)
-    encodings: Encodings = given(image, text, 8.0)
-    own, kin_images, kin_texts = kinship(batch)
-    assert meet(encodings, batch).own.tolist() == own.tolist()
-    wanted = {
-        "image": (text[own] @ image.T, kin_images, batch.image_valid),
-        "text": (image[batch.image_index[own]] @ text.T, kin_texts, batch.pair_valid),
-    }
-    scale = torch.tensor([8.0], dtype=torch.float64)
-    for toward, (logits, kin, valid) in wanted.items():
-        found = list(candidates(encodings, batch, toward, scale))  # type: ignore[arg-type]
-        assert [int(pair) for strip in found for pair in strip.pairs] == own.tolist()
-        if found:
-            torch.testing.assert_close(
-                torch.cat([strip.logits for strip in found]),
-                (8 * logits).masked_fill(kin, -torch.inf)[:, valid.nonzero().squeeze(1)],
-            )
 
 
 def test_a_matrix_is_never_stored():

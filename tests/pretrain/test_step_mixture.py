@@ -17,7 +17,8 @@ from pretrain.testing import make_samples, merge, split, tiny_pretrainer
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
 COMPUTE = Compute(device=ALONE.device, bf16=False)
-MIXES = [("itc", "lm"), ("siglip", "lm"), ("itc", "siglip", "lm")]
+KEY = (0, 0)
+MIXES = [("itc", "lm"), ("siglip", "lm"), ("itc", "siglip", "lm"), ("itm", "lm"), ("itm", "itc", "lm")]
 
 
 def samples_of(source: str) -> list[Batch]:
@@ -78,7 +79,7 @@ def gradient(
     batches = pieces(sources, ranks, micro_batches)
     weights, counts = weights_of(kinds), agree(setup, batches).counts
     factors = {kind: weights[kind] * setup.wrapped.divided / count for kind, count in counts.items()}
-    backward(setup, batches, factors, key=(0, 0))
+    backward(setup, batches, factors, key=KEY)
     return flat(pretrainer).tolist(), runs
 
 
@@ -91,7 +92,7 @@ def reference(kinds: Sequence[str], circles: dict[str, list[list[str]]]) -> Tens
         batches = [merge([s for name in circle for s in samples_of(name)]) for circle in circles[kind]]
         count = sum(objective.denominator(batch) for batch in batches)
         one = {kind: torch.tensor(1.0, dtype=torch.float64)}
-        said = [pretrainer(batch, phase="push", names=[kind], factors=one, key=()) for batch in batches]
+        said = [pretrainer(batch, phase="push", names=[kind], factors=one, key=KEY) for batch in batches]
         loss = loss + weight * sum(each.total for each in said) / count
     loss.backward()
     return flat(pretrainer)

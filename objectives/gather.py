@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -183,6 +184,8 @@ def sides(world: int) -> tuple[int, int]:
     return rows, world // rows
 
 
+_TIMEOUT = timedelta(hours=2)
+"""Ranks wait for one that compiles or judges the model; who watches them is to say when that is too long."""
 _GRIDS: WeakKeyDictionary[dist.ProcessGroup, Grid] = WeakKeyDictionary()
 
 
@@ -206,6 +209,7 @@ def _subgroup(group: dist.ProcessGroup, members: tuple[int, ...]) -> dist.Proces
     if len(members) == dist.get_world_size(group):
         return group
     everyone = dist.get_process_group_ranks(group)
-    made = dist.new_group([everyone[member] for member in members], use_local_synchronization=True)
+    ranks = [everyone[member] for member in members]
+    made = dist.new_group(ranks, timeout=_TIMEOUT, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made

@@ -27,8 +27,9 @@ def finite_by_sample(rows: Tensor, batch: Batch, *, of: Literal["image", "text"]
         whose = owners(batch)
         if whose is None:
             return finite.all().expand(len(batch.keys))
+        known = whose >= 0
         bad = finite.new_zeros(len(batch.keys), dtype=torch.int32)
-        return bad.index_add(0, whose, (~finite).int()) == 0
+        return bad.index_add(0, whose[known], (~finite)[known].int()) == 0
     return finite if len(finite) else finite.new_ones(len(batch.keys))
 
 
@@ -57,8 +58,11 @@ def alone(batch: Batch, place: int) -> tuple[Batch, dict[str, Tensor]]:
 
 
 def owners(batch: Batch) -> Tensor | None:
-    """(N,) the sample that each text is of; None where several texts without images stand beside others."""
+    """(N,) the sample that each text is of, -1 for one without image among images; None where none is known.
+
+    None is known where samples without images have several texts.
+    """
     if len(batch.images):
-        return batch.image_index.clamp(min=0)
+        return batch.image_index
     same = len(batch.tokens) == len(batch.keys)
     return torch.arange(len(batch.keys), device=batch.tokens.device) if same else None

@@ -67,7 +67,7 @@ def _squares_of_shards(shards: dict[str, list[DTensor]], pretrainer: Pretrainer)
 
 def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """() at least float32."""
-    if gradients[0].dtype == torch.bfloat16:
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
         gradients = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.nn.utils.get_total_norm(gradients).to(device)
 

@@ -145,8 +145,7 @@ class Run:
             raise UserError("a run needs at least one stage")
         self.model.check()
         if self.deterministic == "elastic":
-            for stage in self.stages.values():
-                check_lanes(stage.batch, stage.micro_batches, self.shuffle.lanes)
+            self._check_elastic()
         self.wandb.wanted()
         for name, objective in self.objectives.items():
             if hasattr(nn.ModuleDict, name):
@@ -180,6 +179,20 @@ class Run:
         for flag, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{flag} is {value}; it must be at least {bound}")
+
+    def _check_elastic(self) -> None:
+        for stage in self.stages.values():
+            check_lanes(stage.batch, stage.micro_batches, self.shuffle.lanes)
+        if self.precision.parameters == "bf16":
+            raise UserError(
+                "--deterministic elastic adds gradients up in float32: leave --precision.parameters bf16 out"
+            )
+        for name, objective in self.objectives.items():
+            if getattr(objective, "wire", "exact") != "exact":
+                raise UserError(
+                    "--deterministic elastic computes what contrasts on every rank, of embeddings as they "
+                    f"are: leave --objectives.{name}.wire out"
+                )
 
     def _check_sources(self) -> None:
         if not self.sources:

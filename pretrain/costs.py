@@ -59,6 +59,9 @@ class Bench:
 
     def measure(self, names: Sequence[str]) -> Cost:
         """The cost of a step in which these are all objectives there are."""
+        fed = [batch for batch in self.batches if {*names} & {*self.feeds[batch.source]}]
+        if not fed:  # the first step has nothing of the sources that feed them
+            return Cost(flops=0.0, again=0.0, held=(0.0, 0.0), runs={})
         whole = self.pretrainer
         part = Pretrainer(
             whole.model,
@@ -138,9 +141,11 @@ class _Meter:
 
 def few(batch: Batch, samples: int) -> Batch:
     """The first samples of a micro-batch, at the length of text that the whole has."""
-    some = torch.arange(len(batch.images)) < samples
+    device = batch.tokens.device
+    some = torch.arange(len(batch.images), device=device) < samples
     # A text without an image is kept where its place is among the first.
-    place = torch.where(batch.image_index >= 0, batch.image_index, torch.arange(len(batch.tokens)))
+    order = torch.arange(len(batch.tokens), device=device)
+    place = torch.where(batch.image_index >= 0, batch.image_index, order)
     texts = place < samples
     return replace(
         batch,

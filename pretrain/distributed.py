@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,6 @@ def join_ranks() -> Generator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda and local >= torch.cuda.device_count():
@@ -147,6 +147,15 @@ def join_ranks() -> Generator[Ranks]:
     try:
         group = dist.new_group(timeout=_COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
-        yield Ranks(rank=rank, world=world, device=device, group=group, local=beside)
+        yield Ranks(rank=rank, world=world, device=device, group=group, local=_beside(group))
     finally:
         dist.destroy_process_group()
+
+
+def _beside(group: dist.ProcessGroup) -> int:
+    """Processes on this machine: torchrun says so, others do not."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    names: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return names.count(socket.gethostname())

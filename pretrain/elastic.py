@@ -24,7 +24,7 @@ from datasets.errors import UserError
 from objectives.base import Pass, Terms
 from objectives.gather import count_rows
 from pretrain.distributed import Ranks
-from pretrain.parallel import Circled, Wrapped
+from pretrain.parallel import Circled, Wrapped, same_on_all
 from pretrain.pretrainer import Pretrainer, join
 from pretrain.sums import add_terms
 
@@ -75,6 +75,11 @@ class Elastic(Wrapped):
         super().__init__(pretrainer, ranks)
         # What lanes say together is said as on one rank, and pushing a lane asks nothing of others.
         pretrainer.group = None
+        if ranks.group is not None:
+            same_on_all(pretrainer, ranks)
+        if ranks.device.type == "cuda":
+            # Of what torch has in two ways, the one that adds in a fixed order; where it has none it says so.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.always_circles, self.lends_pull = True, False
         self._parameters = list(pretrainer.parameters())
         self.micro_batches = self._lanes = lanes // ranks.world
@@ -92,7 +97,7 @@ class Elastic(Wrapped):
 
     def circled(self, given: Mapping[Pass, Tensor], joined: Batch) -> Circled:
         """All lanes of all ranks; every rank couples all of them."""
-        parts = self.ranks.gather_objects(joined)
+        parts = self.ranks.gather_objects(joined.to(torch.device("cpu")))
         before = parts[: self.ranks.rank]
         everything = {
             at: count_rows(len(rows), self.ranks.group, rows.device).gather(rows)

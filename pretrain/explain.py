@@ -29,7 +29,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.optim import build_optimizer
-from pretrain.precision import compute_for
+from pretrain.precision import compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 
@@ -56,6 +56,8 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
     with _tokenizer_dir(command, ranks) as rundir:
         tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives)
+    if run.precision.parameters == "bf16":
+        keep_in_bf16(pretrainer)
     if run.spread.activation_checkpointing:
         recompute(blocks_of(pretrainer.model))
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None

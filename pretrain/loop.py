@@ -193,6 +193,7 @@ def _set_aside(
         one = all_masked[0]
         verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
     if verdict is not None:
+        check_sound(training, stretch)
         save(training, last=True)
         training.ranks.on_zero(lambda: _stop(verdict))
     return Counter(one.fault.kind for one in all_masked)

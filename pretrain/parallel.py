@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.batch import Batch
@@ -49,7 +50,8 @@ class Spread:
     activation_checkpointing: bool = False
     """Keep only the input of each block of a tower, and compute the rest again in the backward."""
     compile: bool = False
-    """torch.compile each block of a tower; needs a C++ compiler."""
+    """torch.compile each block of a tower; needs a C++ compiler. A resumed run compiles for the shapes that
+    it meets then: its samples are the same, its last bits may not be."""
 
     def check(self, optimizers: Mapping[str, str], *, elastic: bool) -> None:
         """Refuse what does not go together.
@@ -61,6 +63,11 @@ class Spread:
         Raises:
             UserError: names the flag.
         """
+        if elastic and self.compile:
+            raise UserError(
+                "--deterministic elastic and --compile do not go together: what is compiled follows from the "
+                "shapes that a process has met, and its bits with it; leave one out"
+            )
         if self.parallel == "fsdp":
             if elastic:
                 raise UserError(
@@ -172,6 +179,13 @@ class Replicated(Wrapped):
     def synchronised(self, now: bool) -> AbstractContextManager[None]:
         """DDP's own way to wait."""
         return nullcontext() if now else self._ddp.no_sync()
+
+
+def same_on_all(module: nn.Module, ranks: Ranks) -> None:
+    """Give every rank what rank zero begins with, as DDP does: processors may differ in how they draw."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, group=ranks.group, group_src=0)
 
 
 def wrap(

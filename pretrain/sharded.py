@@ -19,12 +19,11 @@ from dataclasses import fields
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pretrain.distributed import Ranks, shard_mesh
-from pretrain.parallel import Spread, Wrapped
+from pretrain.parallel import Spread, Wrapped, same_on_all
 from pretrain.pretrainer import Pretrainer
 
 _MULTIPLIED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -49,7 +48,7 @@ class Sharded(Wrapped):
         super().__init__(pretrainer, ranks)
         self.divided = ranks.world
         self._alone = [parameter for parameter in pretrainer.parameters() if parameter.numel() == 1]
-        _same_on_all(pretrainer, ranks)
+        same_on_all(pretrainer, ranks)
         options: dict[str, Any] = {
             "mesh": shard_mesh(ranks, by_node=spread.shard == "node"),
             "ignored_params": set(self._alone),
@@ -87,20 +86,13 @@ class Sharded(Wrapped):
                 unit.reshard()
 
 
-def _same_on_all(module: nn.Module, ranks: Ranks) -> None:
-    """Begin with rank zero's weights, as DDP does: processors may differ in how they draw."""
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor, group=ranks.group, group_src=0)
-
-
 def _policy(unit: nn.Module, *, bf16: bool) -> MixedPrecisionPolicy:
     """What parameters travel as: under autocast, those that it rounds to bf16 are rounded before.
 
     The result is the same, half of the bytes are sent, and nothing is rounded on every rank. Gradients meet
     in float32, and so do those of parameters that are kept in bf16.
     """
-    if next(unit.parameters()).dtype == torch.bfloat16:
+    if any(parameter.dtype == torch.bfloat16 for parameter in unit.parameters()):
         return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # torch before 2.15 has one type for all parameters of a unit: there, they travel as they are.
     if not bf16 or "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:

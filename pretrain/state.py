@@ -150,8 +150,14 @@ def restore(saved: Mapping[str, Saved], pretrainer: nn.Module, optimizer: torch.
     fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in pretrainer.named_parameters():
         moments = {key: saved["optimizer"].like(f"{name}.{key}", parameter) for key in keys.get(name, [])}
-        # A fused optimizer counts its steps on the device, others in host memory.
         optimizer.state[parameter] = {
-            key: value if key == "step" and not fused else value.to(parameter.device)
-            for key, value in moments.items()
+            key: _as_kept(key, value, parameter, fused=fused) for key, value in moments.items()
         }
+
+
+def _as_kept(key: str, value: Tensor, parameter: Tensor, *, fused: bool) -> Tensor:
+    """A moment where the optimizer keeps it, in the type that its parameter has now."""
+    if key != "step":
+        return value.to(parameter.device, parameter.dtype)
+    # A fused optimizer counts its steps on the device, others in host memory.
+    return value.to(parameter.device) if fused else value

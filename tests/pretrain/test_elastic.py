@@ -10,6 +10,7 @@ from torch import nn
 from datasets.batch import Batch
 from datasets.errors import UserError
 from objectives import OBJECTIVES
+from pretrain.cli import parse
 from pretrain.coupled import Pool
 from pretrain.distributed import Ranks
 from pretrain.elastic import Elastic, check_lanes, check_ranks
@@ -106,3 +107,25 @@ def test_what_cannot_be_cut_into_lanes_is_refused(given, said):
     check_lanes(128, 1, 8)
     with pytest.raises(UserError, match="number of ranks that divides them"):
         check_ranks(8, 3)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--parallel fsdp", "--compile", "--precision.parameters bf16", "--objectives.itc.wire bf16"]
+)
+def test_what_would_break_the_promise_is_refused(flags):
+    with pytest.raises(UserError, match="--deterministic elastic"):
+        parse(["--objectives", "itc", "--deterministic", "elastic", *flags.split()])
+
+
+def test_ranks_that_drew_other_weights_begin_with_those_of_rank_zero(pool):
+    first, second = pool.run(begun_apart, 2)
+    assert first == second
+
+
+def begun_apart(ranks: Ranks) -> list[float]:
+    pretrainer = tiny_pretrainer(("itc",), ranks.group)
+    with torch.no_grad():
+        for parameter in pretrainer.parameters():
+            parameter.add_(ranks.rank)
+    Elastic(pretrainer, ranks, lanes=LANES)
+    return nn.utils.parameters_to_vector(pretrainer.parameters()).tolist()

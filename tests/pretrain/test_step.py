@@ -11,7 +11,7 @@ from pretrain.distributed import Ranks
 from pretrain.parallel import wrap
 from pretrain.precision import Compute
 from pretrain.pretrainer import Pretrainer
-from pretrain.step import Setup, agree, backward
+from pretrain.step import Setup, agree, backward, train_step
 from pretrain.testing import make_samples, split, tiny_pretrainer
 
 ALONE = [(kind,) for kind in OBJECTIVES]
@@ -134,3 +134,24 @@ def test_a_masked_slot_changes_nothing_but_itself():
     masked, without = grads(samples), grads([s for s in samples if bool(s.image_valid[0])])
     assert len([s for s in samples if not s.image_valid[0]]) >= 3
     assert (masked - without).norm() <= 1e-12 * without.norm()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_with_a_rounded_wire_says_what_it_costs(pool, world):
+    for error, norm in pool.run(rounded, world):
+        assert (error is None) == (world == 1), "one process sends nothing"
+        assert error is None or 0 < error < 0.1
+        assert norm > 0
+
+
+def rounded(ranks: Ranks) -> tuple[float | None, float]:
+    pretrainer = tiny_pretrainer(("itc",), ranks.group).float()
+    pretrainer.objectives["itc"].wire = "bf16"
+    setup, batches = setup_of(pretrainer, ranks), split(make_samples(16), ranks, 2)
+    optimizer = torch.optim.AdamW(pretrainer.parameters())
+    counts = agree(setup, batches).counts
+    done = train_step(
+        setup, batches, optimizer, counts=counts, weights={"itc": 1.0}, largest_norm=1.0, key=(0, 0)
+    )
+    error = done.values.get("itc/wire_error")
+    return None if error is None else float(error), float(done.norms.whole)

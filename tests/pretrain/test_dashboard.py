@@ -100,7 +100,14 @@ def tiny_run(tmp_path_factory, shards):
 
 
 @pytest.mark.parametrize(
-    ("objectives", "data"), [("itc,lm", "scenes"), ("siglip,words=lm", "shards"), ("lm", "scenes")]
+    ("objectives", "data"),
+    [
+        ("itc,lm", "scenes"),
+        ("siglip,words=lm", "shards"),
+        ("lm", "scenes"),
+        ("itc,itm,lm", "scenes"),
+        ("itm", "scenes"),
+    ],
 )
 def test_panels_and_reported_metrics_are_the_same(tiny_run, objectives, data):
     out = tiny_run(objectives, data)

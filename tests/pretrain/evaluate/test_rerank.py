@@ -55,7 +55,7 @@ def _few_pairs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory, write_shard):
-    """Of 23 images one is damaged and every fourth is left out for want of a text; some captions are those of other images."""
+    """Of 23 images one is damaged, every fourth is left out for want of a text; some share captions."""
 
     def beside(place, colour):
         said = [f"number {place} is {colour}", f"a {colour} square", f"again {place // 2}"]

@@ -6,11 +6,13 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import normalize
 
 from datasets.errors import UserError
 from pretrain.evaluate.subject import load_subject
 from pretrain.export.__main__ import export
+from pretrain.zoo.definition import WEIGHTS
 
 CAPTIONS = ["a dog", "A red  square left of a blue circle", "it's 42!", "x y z " * 30]
 
@@ -130,6 +132,7 @@ def test_preprocessing_is_that_of_training(make_run, tmp_path):
         ("beside small", "itc", "the image tower 'small' begins with a convolutional stem"),
         ("beside quickgelu", "itc", "quickgelu.json' has QuickGELU and the text tower beside it has not"),
         ("clip", "itc,lm", "the captioner is Medley's own.*--without captioner"),
+        ("clip", "itc,itm", "open_clip has no place for that.*--without fusion"),
         ("beside small", "lm", "has trained no text tower"),
     ],
 )
@@ -141,10 +144,13 @@ def test_what_open_clip_has_no_shape_for_is_refused_by_name(model, objectives, s
     assert {path.name for path in tmp_path.iterdir()} <= {"run", f"{model.split()[-1]}.json"}
 
 
-def test_a_captioner_of_ours_is_left_out_knowingly(make_run, tmp_path):
-    run = make_run("clip", "itc,lm")
-    export(run, tmp_path / "out", to="open_clip", without=["captioner"])
+def test_a_captioner_of_ours_and_a_fusion_tower_are_left_out_knowingly(make_run, tmp_path):
+    run = make_run("clip", "itc,itm,lm")
+    export(run, tmp_path / "out", to="open_clip", without=["captioner", "fusion"])
     assert_equal(run, tmp_path / "out", side=32)
+    assert not [key for key in load_file(tmp_path / "out" / WEIGHTS) if "look" in key or "read" in key]
+    after = load_subject(tmp_path / "out")
+    assert (after.matcher, after.model.fusion) == (None, None)
 
 
 def test_a_model_that_open_clip_builds_in_another_way_is_refused(make_run, tmp_path, monkeypatch):

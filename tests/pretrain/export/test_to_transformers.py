@@ -94,6 +94,7 @@ def test_a_sigmoid_models_bias_is_left_out_knowingly_where_there_is_no_place(mak
         ("scaled", 32, "itc", r"scaled.json' has `transformer.resblocks.0.ls_1.gamma`"),
         ("bert", 32, "itc", "the text tower is one of transformers' language models"),
         ("coca", 32, "itc,lm", "transformers has no captioner.*--without captioner"),
+        ("clip", 32, "itc,itm", "transformers has no place for that.*--without fusion"),
         ("coca", 32, "itc", r"coca.json' has `attn_pool.query`"),
         ("clip", 32, "itc,lm", "transformers has no captioner.*--without captioner"),
     ],

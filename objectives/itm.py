@@ -55,7 +55,7 @@ class ITM(Objective):
                 "negatives are drawn evenly, because no objective of this run compares images and texts: "
                 "beside itc or siglip they would be hard ones"
             )
-        self.head = nn.Linear(widths.text_tokens, 1)
+        self.head = _Logit(widths.text_tokens, 1)
 
     def denominator(self, batch: Batch) -> Tensor:
         """Pairs."""
@@ -76,8 +76,7 @@ class ITM(Objective):
 
     def match_logit(self, states: Tensor) -> Tensor:
         """(M,) log odds that text and image belong together, of (M, Dt) states; float32 or better."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self.head(states.to(self.head.weight.dtype)).squeeze(1)
+        return self.head(states).squeeze(1)
 
     def draw(self, encodings: Encodings, batch: Batch) -> Pairs:
         """Each of our images with the texts that it is read with, whichever rank has drawn them."""
@@ -100,6 +99,16 @@ class ITM(Objective):
             found = at >= 0
             places[strip.pairs[found]] = strip.columns[at[found]]
         return places
+
+
+class _Logit(nn.Linear):
+    """A linear layer in float32 or better, whatever autocast and the dtype of its parameters are."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
+        """(M, Dt) -> (M, 1)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 def _bring(known: Known, table: Tensor, batch: Batch) -> Pairs:

@@ -208,6 +208,7 @@ def test_the_logit_is_float32_whatever_autocast_says():
     with torch.autocast("cpu", torch.bfloat16):
         found = objective.match_logit(states.bfloat16())
     torch.testing.assert_close(found, objective.match_logit(states.bfloat16().float()), rtol=0, atol=0)
+    assert objective.bfloat16().match_logit(states.bfloat16()).dtype == torch.float32
 
 
 def test_who_compares_nothing_says_so():

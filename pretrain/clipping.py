@@ -42,13 +42,15 @@ def gradient_norms(pretrainer: Pretrainer) -> Norms:
 
 def clip(pretrainer: Pretrainer, norm: Tensor, *, largest: float) -> None:
     """Shorten a gradient of this norm to `largest` (0: not at all)."""
+    if not largest:
+        return
     # Local tensors: each rank shortens what it holds. With offloading they are on several devices.
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in pretrainer.parameters():
         if parameter.grad is not None:
             local = _local(parameter.grad)
             by_device.setdefault(local.device, []).append(local)
-    factor = ((largest or torch.inf) / (norm + 1e-6)).clamp(max=1.0)  # as clip_grads_with_norm_ has it
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as clip_grads_with_norm_ has it
     for device, gradients in by_device.items():
         torch._foreach_mul_(gradients, factor.to(device))  # pyright: ignore[reportPrivateImportUsage]
 

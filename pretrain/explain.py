@@ -96,6 +96,7 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         ),
         "  GFLOP of a sample, forward and backward. Alone, an objective pays for all that it reads; what it",
         "  adds is what a step saves without it, since towers that others read too run once for all of them.",
+        *remarks(pretrainer),
         "",
         *_table(("part", "parameters", "trained", "forward runs a step"), _towers(pretrainer, whole)),
         "",
@@ -108,6 +109,11 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         "",
         *_stages(curriculum),
     ]  # fmt: skip
+
+
+def remarks(pretrainer: Pretrainer) -> list[str]:
+    """What a user should know of some objectives in this run."""
+    return [f"{name}: {each.remark}" for name, each in pretrainer.objectives.items() if each.remark]
 
 
 def _stages(curriculum: Curriculum) -> list[str]:

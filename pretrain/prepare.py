@@ -18,7 +18,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.elastic import check_ranks
-from pretrain.explain import summary
+from pretrain.explain import remarks, summary
 from pretrain.flops import StepFlops
 from pretrain.health import Health
 from pretrain.ledger import Ledger
@@ -194,6 +194,6 @@ def introduction(command: Command, training: Training, data: Data) -> list[str]:
         f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
         f"everything is kept in {command.out}",
         *summary(training.pretrainer),
-        *(f"{name}: {each.remark}" for name, each in training.pretrainer.objectives.items() if each.remark),
+        *remarks(training.pretrainer),
         *(data.described() if len(data.feeds) > 1 else []),
     ]

@@ -210,9 +210,13 @@ def test_data_that_change_before_anything_is_saved_begin_anew(
 
 
 def cut_short(out: Path, flags: str, monkeypatch, *, at: int, more: str = "") -> None:
-    """Let it die in the step after `at`."""
+    """Let it die in the step after `at`, when the checkpoint of that step has been written."""
     with monkeypatch.context() as patch:
-        real = loop.train_step
+        real, save = loop.train_step, loop.save
+
+        def at_once(training, **named):
+            save(training, **named)
+            training.saver.finish()
 
         def die(*arguments, **named):
             if named["key"][1] == at:
@@ -220,6 +224,7 @@ def cut_short(out: Path, flags: str, monkeypatch, *, at: int, more: str = "") ->
             return real(*arguments, **named)
 
         patch.setattr(loop, "train_step", die)
+        patch.setattr(loop, "save", at_once)
         with pytest.raises(KeyboardInterrupt):
             go(out, flags, more=more)
 

@@ -102,7 +102,7 @@ def by_hand_itc(image, text, batch: Batch, scale: float) -> float:
         texts = [t, *(u for u, _ in pairs if not kin(u))]
         to_image = torch.stack([scale * text[t] @ image[j] for j in images])
         to_text = torch.stack([scale * image[i] @ text[u] for u in texts])
-        total += 0.5 * float(-to_image.log_softmax(0)[0] - to_text.log_softmax(0)[0])
+        total += 0.5 * float((-to_image.log_softmax(0)[0] - to_text.log_softmax(0)[0]).detach())
     return total
 
 

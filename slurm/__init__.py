@@ -1,0 +1,1 @@
+"""Starts `pretrain` on a cluster."""

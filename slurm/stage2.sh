@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Stage two: 224 px, then 490 px. After stage one, in the same RUN_DIR:
+#    sbatch --dependency afterok:JOB slurm/stage2.sh [flags of pretrain.launch]
+# The cluster's choices are below and overridden before the script's name, as in `sbatch --nodes 4
+# slurm/stage2.sh`; the recipe's come after it, as in `sbatch slurm/stage2.sh --recipe stages:small`.
+#SBATCH --job-name=stage2
+#SBATCH --nodes=16
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+# shellcheck source=slurm/env.sh
+source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh" ||
+    { echo "error: call sbatch in the repository's root" >&2; exit 2; }
+
+supervise srun --kill-on-bad-exit=1 python -m pretrain.launch \
+    --recipe stages --stage two --out "$RUN_DIR" "$@"

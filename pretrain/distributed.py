@@ -1,22 +1,25 @@
-"""Who we are among the ranks. The only file that reads RANK, WORLD_SIZE and their like."""
+"""The ranks that train together, and what they do together."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
 from datasets.errors import UserError
+from pretrain.place import Place, job_here, place_here
+from pretrain.rendezvous import Wait, meet
 
-_RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Ranks wait for rank zero while it judges the model."""
 
@@ -118,44 +121,77 @@ def shard_mesh(ranks: Ranks, *, by_node: bool) -> DeviceMesh:
 
 
 @contextmanager
-def join_ranks() -> Generator[Ranks]:
-    """Join the process group that torchrun (or srun with the same variables) describes, and leave it.
+def join_ranks(out: Path, *, asked: Callable[[], bool] = lambda: False) -> Generator[Ranks]:
+    """Join the others that torchrun or srun has started, and leave them.
+
+    Args:
+        out: a directory that all ranks see, through which those that srun started find each other.
+        asked: whether to stop waiting for them.
 
     Raises:
         UserError: the other ranks do not come (names host and port), or there are more than GPUs.
+        LeftError: it was asked to stop before they had come.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {rank} would use GPU {local}, and this machine has {torch.cuda.device_count()}: "
-            "start as many processes as there are GPUs"
-        )
-    if cuda:
-        torch.cuda.set_device(device)
-    if world == 1:
+    place = place_here()
+    device = _device(place)
+    if place.world == 1:
         yield Ranks(rank=0, world=1, device=device, group=None)
         return
-    try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_RENDEZVOUS_TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        raise UserError(f"rank {rank} of {world} found no rendezvous at {where}: {error}") from error
+    wait = Wait.of_environment(asked)
+    with meet(place, _door(out), wait) if place.by == "srun" else nullcontext() as store:
+        _join(place, device, store, wait)
     try:
         group = dist.new_group(timeout=_COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
-        yield Ranks(rank=rank, world=world, device=device, group=group, local=_beside(group))
+        beside = place.beside or _beside(group)
+        yield Ranks(rank=place.rank, world=place.world, device=device, group=group, local=beside)
     finally:
         dist.destroy_process_group()
 
 
+def _join(place: Place, device: torch.device, store: Store | None, wait: Wait) -> None:
+    timeout = timedelta(seconds=wait.seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
+            )
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise UserError(
+            f"rank {place.rank} of {place.world} found no rendezvous at {where}: {error}"
+        ) from error
+
+
+def _door(out: Path) -> Path:
+    """Where rank zero of this job step says where it listens: another start has another file."""
+    job = job_here()
+    assert job is not None, "srun starts nothing outside a job"
+    return out / "rendezvous" / f"{job.id}.{job.restart}.{job.step}.json"
+
+
+def _device(place: Place) -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # With --gpus-per-task Slurm shows each task its own GPU alone, as number 0.
+    number = 0 if place.by == "srun" and visible == 1 else place.local
+    if number >= visible:
+        raise UserError(
+            f"rank {place.rank} would use GPU {number}, and this machine has {visible}: "
+            "start as many processes as there are GPUs"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
 def _beside(group: dist.ProcessGroup) -> int:
-    """Processes on this machine: torchrun says so, others do not."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    """Processes on this machine, where nobody says so."""
     names: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(names, socket.gethostname(), group=group)
     return names.count(socket.gethostname())

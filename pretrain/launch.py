@@ -10,10 +10,19 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+
+from pretrain import preempt
+from pretrain.preempt import Preemption
+
+PREEMPTION = Preemption()
+if __name__ == "__main__":  # before torch, whose import takes seconds in which a signal would lose the job
+    PREEMPTION.__enter__()
 
 # Two idle OpenMP threads that spin steal the cores from the threads that read ahead. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 
 from datasets.errors import UserError
 from pretrain.cli import Command, parse
@@ -27,30 +36,62 @@ from pretrain.finish import is_finished, show
 from pretrain.flops import matmul_peak
 from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
-from pretrain.preempt import Preemption
+from pretrain.place import alone_among, place_here
 from pretrain.prepare import build, claim, say
+from pretrain.rendezvous import LeftError
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
+from pretrain.verdict import Verdict, give
 
-DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
+DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command line; returns the exit code."""
+def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
+    """Run a command line; returns the exit code.
+
+    Args:
+        arguments: without the program's name.
+        preemption: where signals are noted already; by default from now on.
+    """
     try:
         command = parse(arguments)
-        with join_ranks() as ranks, Preemption() as preemption:
-            return launch(command, ranks, preemption)
+        with (
+            Preemption() if preemption is None else nullcontext(preemption) as preemption,
+            join_ranks(command.out, asked=preemption.asked) as ranks,
+        ):
+            if sentence := alone_among():
+                say(sentence)
+            code = launch(command, ranks, preemption)
+            if code == INTERRUPTED:
+                give(Verdict(code=code, reason=f"{preemption.requested or 'another rank'} asked to stop"))
+            ranks.wait()  # srun ends all tasks as soon as one has left with another code than 0
+            return code
+    except LeftError:
+        give(Verdict(code=INTERRUPTED, reason="asked to stop before all ranks had come"))
+        return INTERRUPTED
     except SaidByRankZeroError:
         return USER_ERROR
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        return _mistake(str(error))
     except OSError as error:
         if error.errno not in _STORAGE:
+            _crash(error)
             raise
-        sys.stderr.write(f"error: {error.strerror}: {error.filename or 'the run directory'}\n")
+        return _mistake(f"{error.strerror}: {error.filename or 'the run directory'}")
+    except Exception as error:
+        _crash(error)
+        raise
+
+
+def _mistake(sentence: str) -> int:
+    sys.stderr.write(f"error: {sentence}\n")
+    give(Verdict(code=USER_ERROR, reason=sentence, rank=place_here().rank))
     return USER_ERROR
+
+
+def _crash(error: Exception) -> None:
+    give(Verdict(code=CRASH, reason=f"{type(error).__name__}: {error}", rank=place_here().rank))
 
 
 def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
@@ -70,7 +111,11 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
             if ranks.zero:
                 sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
             return DONE
+        if _stops(ranks, preemption):
+            return INTERRUPTED
         training = build(command, curriculum, data, rundir, ranks, stack, changed=changed)
+        if _stops(ranks, preemption):
+            return INTERRUPTED
         check(training)
         during.check(training)
         measured = ranks.group is None and ranks.device.type == "cpu"
@@ -91,5 +136,13 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         return DONE
 
 
+def _stops(ranks: Ranks, preemption: Preemption) -> bool:
+    """Whether any rank was asked to stop, before anything was trained that could be lost."""
+    asked = torch.tensor([float(preemption.asked())], device=ranks.device)
+    return bool(ranks.sum(asked) > 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    done = main(sys.argv[1:], PREEMPTION)
+    preempt.ignore()
+    sys.exit(done)

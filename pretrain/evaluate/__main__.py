@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
     command = tyro.cli(Command, args=arguments, prog="python -m pretrain.evaluate")
     try:
-        with join_ranks() as ranks:
+        with join_ranks(command.subject) as ranks:
             _evaluate(command, ranks)
     except SaidByRankZeroError:
         return 2

@@ -19,6 +19,7 @@ from typing import Literal
 import yaml
 
 from datasets.errors import UserError
+from pretrain.preempt import sheltered
 from pretrain.rundir import RunDir
 
 PATIENCE = 30.0
@@ -91,7 +92,7 @@ class Mirrored:
         self._failure_told = False
         try:
             rundir.wandb.mkdir(exist_ok=True)
-            with self._log.open("ab") as log:
+            with self._log.open("ab") as log, sheltered():
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "pretrain.mirror", str(rundir.root), "--follow"],
                     stdin=subprocess.PIPE,

@@ -1,0 +1,120 @@
+"""Giving a Slurm job back to the queue, once; `scontrol` may fail or hang, and the job may not be ours.
+
+A job that ends is over, however it ends: who wants to be started again must say so before. Slurm then ends
+what still runs of it and holds it back for two minutes, which is cut short here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+_FIELD = re.compile(r"(\w+)=(\S*)")
+_CALL = 30.0
+"""Seconds after which a call that hangs is given up and made again."""
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it."""
+
+    requeued: bool
+    reason: str
+    """One sentence."""
+
+
+def requeue(job: str, *, bound: float, say: Callable[[str], None]) -> Outcome:
+    """Give the job back to the queue.
+
+    Args:
+        job: its number.
+        bound: seconds after which it is given up.
+        say: told of each call that failed.
+    """
+    end = time.monotonic() + bound
+    restarts: str | None = None
+    for pause in _pauses():
+        state = _show(job, end)
+        if state is not None:
+            restarts = restarts or state.get("Restarts", "0")
+            if state.get("Restarts", "0") != restarts or state.get("JobState") in ("PENDING", "REQUEUED"):
+                return Outcome(True, f"job {job} is in the queue again")
+            if (reason := _refusal(job, state)) is not None:
+                return Outcome(False, reason)
+            failure = _scontrol("requeue", job, end=end)
+            if isinstance(failure, str):
+                return Outcome(True, f"job {job} is in the queue again")
+        else:
+            failure = Failure("it does not say what it knows of the job")
+        if time.monotonic() + pause > end:
+            return Outcome(
+                False,
+                f"`scontrol requeue {job}` did not work within {bound:g} s ({failure}): "
+                "what was trained is saved, submit the same command again",
+            )
+        say(f"`scontrol requeue {job}` did not work ({failure}): again in {pause:g} s")
+        time.sleep(pause)
+    raise AssertionError("the pauses have no end")
+
+
+def start_now(job: str, *, bound: float, over: Callable[[], bool]) -> bool:
+    """Lift the hold that Slurm lays on a requeued job; whether that worked before it was over."""
+    end = time.monotonic() + bound
+    while time.monotonic() < end:
+        if isinstance(_scontrol("update", f"JobId={job}", "StartTime=now", end=end), str):
+            return True
+        if over():
+            return False
+        time.sleep(0.5)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a call did not work."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def _refusal(job: str, state: dict[str, str]) -> str | None:
+    """Why the job may not or should not go back, if so."""
+    if state.get("JobState") == "CANCELLED":
+        return f"job {job} was cancelled: it stays so"
+    if state.get("BatchFlag") == "0":
+        return f"job {job} has no batch script that could be started again: start the same command again"
+    if state.get("Requeue") == "0":
+        return f"job {job} may not be requeued: submit it with --requeue, or submit it again"
+    return None
+
+
+def _show(job: str, end: float) -> dict[str, str] | None:
+    said = _scontrol("show", "job", "-o", job, end=end)
+    return dict(_FIELD.findall(said)) if isinstance(said, str) else None
+
+
+def _scontrol(*words: str, end: float) -> str | Failure:
+    """What it prints, or why it did not work."""
+    left = max(0.1, min(_CALL, end - time.monotonic()))
+    try:
+        called = subprocess.run(
+            ["scontrol", *words], capture_output=True, text=True, timeout=left, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return Failure(f"no answer in {left:.0f} s")
+    except OSError as error:
+        return Failure(error.strerror or str(error))
+    if called.returncode:
+        return Failure(" ".join(called.stderr.split()) or f"code {called.returncode}")
+    return called.stdout
+
+
+def _pauses() -> Iterator[float]:
+    return chain(_PAUSES, repeat(_PAUSES[-1]))

@@ -1,0 +1,252 @@
+"""Keep a run going: `python -m pretrain.supervise -- srun --kill-on-bad-exit=1 COMMAND... --out RUN_DIR`.
+
+Starts the command, and again in place whenever it crashes, unless it crashes without getting on. When it
+was interrupted and has saved (75) inside a Slurm job, the job is given back to the queue, once. On a laptop:
+`python -m pretrain.supervise -- torchrun --nproc-per-node 8 -m pretrain.launch --out RUN_DIR`.
+
+Exit codes: those of `pretrain.launch`. 0 done, 75 interrupted and saved, 2 the user can mend it, anything
+else a crash that came again and again. What it did stands in RUN_DIR/attempts.jsonl. Standard library only:
+it starts in milliseconds, because the first signal may come at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from datasets.errors import UserError
+from pretrain import verdict
+from pretrain.attempts import Event, Kind, note
+from pretrain.place import Job, job_here
+from pretrain.requeue import requeue, start_now
+
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
+BARREN = 3
+"""Starts in a row that may end in a crash without a new checkpoint."""
+BOUND = "MEDLEY_REQUEUE_SECONDS"
+"""The environment variable that says how long `scontrol requeue` is tried."""
+_BOUND = 600.0
+_FAREWELL = 120.0
+"""Seconds that Slurm has to end a job that it has taken back."""
+_PAUSE = 1.0
+_ENDED_BY = (128 + signal.SIGTERM, 128 + signal.SIGUSR2, -signal.SIGTERM, -signal.SIGUSR2)
+"""Codes of a start that met a signal before it could note it: nothing had been trained yet."""
+_STEP = re.compile(r"step-(\d{8,})")
+_PR_SET_PDEATHSIG = 1
+Next = Literal["leave", "requeue", "restart", "give up"]
+
+
+class Signals:
+    """Notes signals and passes them on to what runs, in the way that it understands."""
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        """Name of the first signal that came."""
+        self.interrupted = False
+        """Whether a person pressed Ctrl-C."""
+        self.after = False
+        """Whether one came since this was last set back."""
+        self._to: Callable[[int], None] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._meet)
+
+    def to(self, pass_on: Callable[[int], None] | None) -> None:
+        """Who is told from now on."""
+        self._to = pass_on
+
+    def _meet(self, number: int, frame: FrameType | None) -> None:
+        self.stop = self.stop or signal.Signals(number).name
+        self.interrupted |= number == signal.SIGINT
+        self.after = True
+        if self._to is not None:
+            self._to(number)
+
+
+class Supervisor:
+    """Starts of one command."""
+
+    def __init__(self, command: Sequence[str], out: Path) -> None:
+        self._command, self._out = list(command), out
+        self._job: Job | None = job_here()
+        self._signals = Signals()
+        name = f"{self._job.id}.{self._job.restart}" if self._job else secrets.token_hex(4)
+        self._name = name
+        self._number = 0
+
+    def run(self) -> int:
+        """Start it until there is nothing more to do; the exit code."""
+        barren = 0
+        while True:
+            self._number += 1
+            before = newest_step(self._out)
+            self._note("start")
+            code, reason = self._start()
+            barren = barren + 1 if newest_step(self._out) <= before else 0
+            self._note("end", code=code, reason=reason)
+            chosen = self._next(code, barren)
+            if chosen == "leave":
+                return code
+            if chosen == "requeue":
+                return self._requeue()
+            if chosen == "give up":
+                self._note("give up", reason=reason)
+                say(
+                    f"{BARREN} starts in a row ended without a new checkpoint, the last with code {code}"
+                    f"{f' ({reason})' if reason else ''}: it is not started again"
+                )
+                return code
+            self._note("restart", reason=reason)
+            say(f"it ended with code {code}{f' ({reason})' if reason else ''}: it is started again")
+            time.sleep(_PAUSE)
+
+    def _next(self, code: int, barren: int) -> Next:
+        """What follows from how it ended."""
+        if code in (DONE, USER_ERROR):
+            return "leave"
+        stopped = code == INTERRUPTED or code in _ENDED_BY or self._signals.stop is not None
+        if stopped:
+            wanted = self._job is not None and not self._signals.interrupted
+            return "requeue" if wanted else "leave"
+        return "give up" if barren >= BARREN else "restart"
+
+    def _start(self) -> tuple[int, str]:
+        """Run the command to its end; its exit code, and why in words if anybody said so."""
+        said = self._out.absolute() / f"verdict-{self._name}.{self._number}.json"
+        said.unlink(missing_ok=True)
+        environment = {**os.environ, verdict.VARIABLE: str(said)}
+        try:
+            process = subprocess.Popen(
+                self._command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a signal to our group is ours to pass on
+                preexec_fn=_end_with(os.getpid()),
+            )
+        except OSError as error:
+            raise UserError(f"{self._command[0]} cannot be started ({error.strerror})") from error
+        self._signals.to(lambda number: process.send_signal(self._heard(number)))
+        code = process.wait()
+        self._signals.to(None)
+        found = verdict.read(said)
+        said.unlink(missing_ok=True)
+        code = code if code >= 0 else 128 - code
+        if found is None or code == DONE:
+            return code, ""
+        where = f"rank {found.rank}: " if found.rank else ""
+        return found.code, f"{where}{found.reason}"
+
+    def _heard(self, number: int) -> int:
+        """The signal as the command should hear it: srun only hands USR2 on, at TERM it ends the tasks."""
+        return signal.SIGUSR2 if Path(self._command[0]).name == "srun" else number
+
+    def _requeue(self) -> int:
+        assert self._job is not None
+        self._signals.after = False  # Slurm ends us as soon as it has taken the job back
+        outcome = requeue(self._job.id, bound=_bound(), say=say)
+        say(outcome.reason)
+        self._note("requeue" if outcome.requeued else "leave", reason=outcome.reason)
+        if outcome.requeued:
+            start_now(self._job.id, bound=_FAREWELL, over=lambda: False)
+            end = time.monotonic() + _FAREWELL
+            while not self._signals.after and time.monotonic() < end:
+                time.sleep(0.2)
+        return INTERRUPTED
+
+    def _note(self, kind: Kind, *, code: int | None = None, reason: str = "") -> None:
+        job = self._job
+        note(
+            self._out,
+            Event(
+                event=kind,
+                attempt=f"{self._name}.{self._number}",
+                job=job.id if job else "",
+                restart=job.restart if job else 0,
+                step=newest_step(self._out),
+                code=code,
+                reason=reason,
+            ),
+        )
+
+
+def newest_step(out: Path) -> int:
+    """The newest step with a checkpoint; -1 for none."""
+    folder = out / "checkpoints"
+    names = (_STEP.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return max((int(match[1]) for match in names if match), default=-1)
+
+
+def run_directory(command: Sequence[str]) -> Path | None:
+    """What the command's last --out names."""
+    found: str | None = None
+    for place, word in enumerate(command):
+        if word == "--out" and place + 1 < len(command):
+            found = command[place + 1]
+        elif word.startswith("--out="):
+            found = word.partition("=")[2]
+    return Path(found) if found else None
+
+
+def say(sentence: str) -> None:
+    """A line in the log."""
+    sys.stderr.write(f"supervise: {sentence}\n")
+    sys.stderr.flush()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        own, command = _split(arguments)
+        out = run_directory(own) or run_directory(command)
+        if out is None:
+            raise UserError("name the run directory: --out RUN_DIR in the command, or before `--`")
+        out.mkdir(parents=True, exist_ok=True)
+        return Supervisor(command, out).run()
+    except OSError as error:
+        sys.stderr.write(f"error: {error.strerror}: {error.filename}: choose another --out\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+    return USER_ERROR
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own flags and the command."""
+    given = list(arguments)
+    place = given.index("--") if "--" in given else 0
+    own, command = given[:place], given[place + ("--" in given) :]
+    if not command or (own and run_directory(own) is None):
+        raise UserError("write: python -m pretrain.supervise [--out RUN_DIR] -- COMMAND...")
+    return own, command
+
+
+def _bound() -> float:
+    said = os.environ.get(BOUND, "")
+    try:
+        return float(said) if said else _BOUND
+    except ValueError:
+        raise UserError(f"{BOUND} is {said!r}: set it to seconds, or unset it") from None
+
+
+def _end_with(supervisor: int) -> Callable[[], None]:
+    """What the command does before it begins: ask to be ended when the supervisor is, however that ends."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != supervisor:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -28,7 +28,7 @@ from pretrain.costs import TOWERS, Bench, Cost, few
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
-from pretrain.optim import build_optimizer
+from pretrain.optim import build_optimizer, bytes_kept
 from pretrain.precision import compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
@@ -254,13 +254,9 @@ def _memory(run: Run, pretrainer: Pretrainer, whole: Cost, samples: int) -> list
 
 
 def moment_bytes(run: Run, pretrainer: Pretrainer) -> int:
-    """What the optimizer keeps: two moments of each parameter, or one where Muon turns it."""
+    """What the optimizer of the first stage keeps."""
     optim = next(iter(run.stages.values())).optim
-    kept = 0
-    for group in build_optimizer(pretrainer, optim).param_groups:
-        moments = 1 if optim.kind == "muon" and not group.get("use_fallback") else 2
-        kept += moments * sum(each.nbytes for each in group["params"])
-    return kept
+    return bytes_kept(build_optimizer(pretrainer, optim), optim.kind)
 
 
 def _spread(run: Run, ranks: Ranks, *, bf16: bool) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from datasets.errors import UserError
 from datasets.mixture import Account
@@ -125,12 +126,18 @@ _ELSEWHERE = (
 
 
 def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights and moments by name, as this rank holds them: sharded ones as DTensors."""
+    """Weights and moments by name, as this rank holds them: sharded ones as DTensors.
+
+    A count of steps that an optimizer keeps for a whole group (LAMB) is that of each of its parameters:
+    groups may be others in another stage.
+    """
     model = pretrainer.state_dict()  # first: it makes FSDP2 shard what an evaluation left whole
+    groups = _groups(optimizer)
     moments = {
         f"{name}.{key}": value
         for name, parameter in pretrainer.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        if (state := optimizer.state.get(parameter))
+        for key, value in {**state, "step": groups[parameter].get("step", state.get("step"))}.items()
         if isinstance(value, Tensor)
     }
     return {"model": model, "optimizer": moments}
@@ -139,7 +146,8 @@ def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
 def restore(saved: Mapping[str, Saved], pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and moments back where `capture` took them, however they are sharded now.
 
-    Each rank reads only the parts that it holds. A moment of the shape of its parameter is sharded like that.
+    Each rank reads only the parts that it holds. A moment of the shape of its parameter is sharded like that,
+    one of another shape is whole on every rank. What does not train now gets no moments.
     """
     model = pretrainer.state_dict()
     pretrainer.load_state_dict({name: saved["model"].like(name, model.get(name)) for name in saved["model"]})
@@ -147,17 +155,33 @@ def restore(saved: Mapping[str, Saved], pretrainer: nn.Module, optimizer: torch.
     for at in saved["optimizer"]:
         name, _, key = at.rpartition(".")
         keys.setdefault(name, []).append(key)
-    fused = bool(optimizer.defaults.get("fused"))
+    groups, fused = _groups(optimizer), bool(optimizer.defaults.get("fused"))
     for name, parameter in pretrainer.named_parameters():
-        moments = {key: saved["optimizer"].like(f"{name}.{key}", parameter) for key in keys.get(name, [])}
-        optimizer.state[parameter] = {
-            key: _as_kept(key, value, parameter, fused=fused) for key, value in moments.items()
+        if parameter not in groups or name not in keys:
+            continue
+        group = groups[parameter]
+        state = optimizer.state[parameter] = {
+            key: _as_kept(key, saved["optimizer"].like(f"{name}.{key}", parameter), parameter, group, fused)
+            for key in keys[name]
         }
+        if "step" in group:
+            group["step"].copy_(torch.maximum(group["step"], state.pop("step")))
 
 
-def _as_kept(key: str, value: Tensor, parameter: Tensor, *, fused: bool) -> Tensor:
-    """A moment where the optimizer keeps it, in the type that its parameter has now."""
-    if key != "step":
-        return value.to(parameter.device, parameter.dtype)
-    # A fused optimizer counts its steps on the device, others in host memory.
-    return value.to(parameter.device) if fused else value
+def _groups(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """The group of each parameter that trains."""
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _as_kept(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any], fused: bool) -> Tensor:
+    """A moment where the optimizer keeps it, in the type that it has there now."""
+    if key == "step":
+        # A fused optimizer counts its steps on the device, others in host memory.
+        return value.to(parameter.device) if fused else value
+    # Adafactor's momentum has a type of its own; all other moments have that of their parameter.
+    kept_in = group.get("momentum_dtype", parameter.dtype) if key == "exp_avg" else parameter.dtype
+    value = value.to(parameter.device, kept_in)
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        mesh = parameter.device_mesh
+        return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return value

@@ -149,7 +149,7 @@ def test_a_few_samples_of_a_batch_keep_its_length_and_their_texts():
     assert torch.equal(cut.tokens, batch.tokens[: len(cut.tokens)])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "lion", "muon"])
 def test_moments_are_those_that_the_optimizer_makes(kind):
     run = parse([*TINY, "--stages.one.optim.kind", kind]).run
     pretrainer = tiny_pretrainer(("itc", "lm"))

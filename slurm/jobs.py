@@ -14,6 +14,8 @@ class Submitted:
 
     time: float
     """Unix seconds."""
+    host: str
+    """Where it was submitted."""
     executor: str
     """slurm, local or debug."""
     job: str

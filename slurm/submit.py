@@ -15,6 +15,7 @@ Exit codes: 0 submitted (with debug: what the run came to), 2 the user can mend 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -113,6 +114,7 @@ def _tell(request: Request, chosen: Sequence[Trial], handed: Sequence[Handed], c
         log = str(job.paths.stdout)
         record = jobs.Submitted(
             time=round(time.time(), 3),
+            host=os.uname().nodename,
             executor=request.executor,
             job=job.job_id,
             log=log,

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 
+from pretrain.place import Job
+
 _FIELD = re.compile(r"(\w+)=(\S*)")
 _CALL = 30.0
 """Seconds after which a call that hangs is given up and made again."""
+_SOON = 10
+"""Seconds after which a requeued job may start: long enough for its processes to end and its nodes to be
+cleared, and no longer."""
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
@@ -28,48 +33,51 @@ class Outcome:
     """One sentence."""
 
 
-def requeue(job: str, *, bound: float, say: Callable[[str], None]) -> Outcome:
+def requeue(job: Job, *, bound: float, say: Callable[[str], None]) -> Outcome:
     """Give the job back to the queue.
 
     Args:
-        job: its number.
+        job: as it was when this process began: once it has been restarted elsewhere, it is not touched.
         bound: seconds after which it is given up.
         say: told of each call that failed.
     """
     end = time.monotonic() + bound
-    restarts: str | None = None
+    again = Outcome(True, f"job {job.id} is in the queue again")
     for pause in _pauses():
-        state = _show(job, end)
+        state = _show(job.id, end)
         if state is not None:
-            restarts = restarts or state.get("Restarts", "0")
-            if state.get("Restarts", "0") != restarts or state.get("JobState") in ("PENDING", "REQUEUED"):
-                return Outcome(True, f"job {job} is in the queue again")
-            if (reason := _refusal(job, state)) is not None:
+            if int(state.get("Restarts", "0")) > job.restart or state.get("JobState") == "PENDING":
+                if state.get("JobState") == "RUNNING":
+                    return Outcome(False, f"job {job.id} runs again elsewhere: it is left to itself")
+                return again  # a call that seemed to fail has worked
+            if (reason := _refusal(job.id, state)) is not None:
                 return Outcome(False, reason)
-            failure = _scontrol("requeue", job, end=end)
+            failure = _scontrol("requeue", job.id, end=end)
             if isinstance(failure, str):
-                return Outcome(True, f"job {job} is in the queue again")
+                return again
         else:
             failure = Failure("it does not say what it knows of the job")
         if time.monotonic() + pause > end:
             return Outcome(
                 False,
-                f"`scontrol requeue {job}` did not work within {bound:g} s ({failure}): "
+                f"`scontrol requeue {job.id}` did not work within {bound:g} s ({failure}): "
                 "what was trained is saved, submit the same command again",
             )
-        say(f"`scontrol requeue {job}` did not work ({failure}): again in {pause:g} s")
+        say(f"`scontrol requeue {job.id}` did not work ({failure}): again in {pause:g} s")
         time.sleep(pause)
     raise AssertionError("the pauses have no end")
 
 
-def start_now(job: str, *, bound: float, over: Callable[[], bool]) -> bool:
-    """Lift the hold that Slurm lays on a requeued job; whether that worked before it was over."""
+def start_soon(job: str, *, bound: float) -> bool:
+    """Cut short the two minutes for which Slurm holds a requeued job back; whether that worked.
+
+    The hold begins when the last process of the job has ended, and gives way to a time that is still to come
+    by then, so that `now` would be too soon. Seen in Slurm 22.05.
+    """
     end = time.monotonic() + bound
     while time.monotonic() < end:
-        if isinstance(_scontrol("update", f"JobId={job}", "StartTime=now", end=end), str):
+        if isinstance(_scontrol("update", f"JobId={job}", f"StartTime=now+{_SOON}", end=end), str):
             return True
-        if over():
-            return False
         time.sleep(0.5)
     return False
 

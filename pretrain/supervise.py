@@ -28,7 +28,7 @@ from datasets.errors import UserError
 from pretrain import verdict
 from pretrain.attempts import Event, Kind, note
 from pretrain.place import Job, job_here
-from pretrain.requeue import requeue, start_now
+from pretrain.requeue import requeue, start_soon
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
 BARREN = 3
@@ -152,11 +152,11 @@ class Supervisor:
     def _requeue(self) -> int:
         assert self._job is not None
         self._signals.after = False  # Slurm ends us as soon as it has taken the job back
-        outcome = requeue(self._job.id, bound=_bound(), say=say)
+        outcome = requeue(self._job, bound=_bound(), say=say)
         say(outcome.reason)
         self._note("requeue" if outcome.requeued else "leave", reason=outcome.reason)
         if outcome.requeued:
-            start_now(self._job.id, bound=_FAREWELL, over=lambda: False)
+            start_soon(self._job.id, bound=_FAREWELL)
             end = time.monotonic() + _FAREWELL
             while not self._signals.after and time.monotonic() < end:
                 time.sleep(0.2)
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
     try:
         own, command = _split(arguments)
-        out = run_directory(own) or run_directory(command)
+        out = run_directory(command) or run_directory(own)
         if out is None:
             raise UserError("name the run directory: --out RUN_DIR in the command, or before `--`")
         out.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,12 @@ class Supervised:
         os.kill(self.pid, number)
         return child
 
+    def end_after_call(self, word: str) -> None:
+        """End the supervisor as Slurm does, once it has called scontrol for this."""
+        while not any(call.startswith(word) for call in self.calls):
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGTERM)
+
     @property
     def calls(self) -> list[str]:
         """How scontrol was called, but for the questions."""
@@ -132,7 +138,7 @@ def test_what_was_interrupted_goes_back_to_the_queue_once_and_is_not_held_there(
     code, said = run.ended()
     assert code == 75
     assert "job 7 is in the queue again" in said
-    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now"]
+    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now+10"]
     assert run.starts == 1
     assert run.events[-1].event == "requeue"
 
@@ -160,12 +166,31 @@ def test_a_job_that_was_cancelled_or_may_not_come_back_is_left(tmp_path, answer,
     assert run.events[-1].event == "leave"
 
 
+def test_a_job_that_was_restarted_elsewhere_meanwhile_is_not_touched(tmp_path):
+    again = "show JobState=RUNNING Requeue=1 BatchFlag=1 Restarts=1"
+    run = Supervised(tmp_path, "75", job="7", behaviour=again)
+    code, said = run.ended()
+    assert code == 75
+    assert "runs again elsewhere" in said
+    assert run.calls == []
+
+
+def test_a_call_that_seemed_to_hang_and_had_worked_is_not_made_twice(tmp_path):
+    behaviour = "requeue fail\nshow ok\nshow JobState=COMPLETING Requeue=1 BatchFlag=1 Restarts=1"
+    run = Supervised(tmp_path, "75", job="7", behaviour=behaviour)
+    run.end_after_call("update")
+    code, said = run.ended()
+    assert code == 75
+    assert "job 7 is in the queue again" in said
+    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now+10"]
+
+
 def test_a_controller_that_fails_for_a_while_is_asked_again(tmp_path):
     run = Supervised(tmp_path, "75", job="7", behaviour="show fail\nrequeue fail\nupdate fail")
     code, said = run.ended()
     assert code == 75
     assert said.count("did not work") == 2
-    assert run.calls == ["requeue 7", "requeue 7", *["update JobId=7 StartTime=now"] * 2]
+    assert run.calls == ["requeue 7", "requeue 7", *["update JobId=7 StartTime=now+10"] * 2]
 
 
 def test_a_controller_that_hangs_has_an_end_and_a_way_out(tmp_path):
@@ -190,7 +215,7 @@ def test_a_warning_to_itself_is_survived_and_passed_on(tmp_path, number):
     run = Supervised(tmp_path, "wait", job="7")
     run.signal_when_ready(number)
     assert run.ended()[0] == 75
-    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now"]
+    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now+10"]
 
 
 def test_a_command_that_met_the_signal_before_it_could_note_it_is_requeued_all_the_same(tmp_path):

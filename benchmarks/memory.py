@@ -30,7 +30,6 @@ from datasets.loader import Feed, Loader
 from datasets.order import Shuffle
 from datasets.sources import open_source
 from datasets.tokens import TrainedBPE
-from datasets.views import Augment
 
 SHARDS, SAMPLES, SIDE = 384, 40, 96
 BATCH, RESOLUTION, WINDOW = 64, 64, 4096
@@ -82,7 +81,7 @@ def epochs(spec: str, *, count: int, threads: int, batch: int, window: int) -> I
         batch: samples in a batch; an epoch ends with the batch that its last sample is in.
         window: samples that are shuffled with each other.
     """
-    source = open_source(spec, seed=0, split="train", augment=Augment(), say=print)
+    source = open_source(spec, seed=0, split="train", say=print)
     assert source.size is not None
     captions = (caption for index in range(1000) for caption in source.captions(index % source.size))
     tokenizer = TrainedBPE.train(captions, vocabulary=1000, context_length=64)

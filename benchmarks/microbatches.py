@@ -29,6 +29,7 @@ from datasets.loader import Feed, Loader
 from datasets.sources import open_source
 from datasets.tokens import TrainedBPE
 from pretrain.build import build_pretrainer
+from pretrain.bystep import held_at
 from pretrain.cli import parse
 from pretrain.distributed import Ranks
 from pretrain.parallel import wrap
@@ -69,7 +70,8 @@ def measure(flags: Sequence[str], *, micro_batches: int, steps: int) -> Cost:
     """
     run = parse(flags).run
     stage = next(iter(run.stages.values()))
-    source = open_source(run.data, seed=run.seed, split="train", augment=run.augment)
+    batch, resolution = held_at(stage.batch, 0), held_at(stage.resolution, 0)
+    source = open_source(run.data, seed=run.seed, split="train")
     captions = (caption for index in range(2000) for caption in source.captions(index))
     assert isinstance(run.model, DualConfig), "the built-in kind of model"
     context = run.model.text.context_length
@@ -82,7 +84,7 @@ def measure(flags: Sequence[str], *, micro_batches: int, steps: int) -> Cost:
     def batches_of(size: int, pieces: int) -> Iterator[Sequence[Batch]]:
         feeds = [Feed(name="data", source=source)]
         loader = Loader(
-            feeds, tokenizer, seed=run.seed, batch=size, micro_batches=pieces, resolution=stage.resolution
+            feeds, tokenizer, seed=run.seed, batch=size, micro_batches=pieces, resolution=resolution
         )
         return (portion.batches for portion in loader.steps(0, steps))
 
@@ -92,7 +94,7 @@ def measure(flags: Sequence[str], *, micro_batches: int, steps: int) -> Cost:
         backward(setup, batches, factors, key=(run.seed, 0))
 
     step(next(iter(batches_of(4, 2))))  # what is made once: kernels, gradients
-    portions = list(batches_of(stage.batch, micro_batches))
+    portions = list(batches_of(batch, micro_batches))
     _CLEAR.write_text("5")  # the high-water mark begins anew
     held, began, ran = _kilobytes("VmRSS"), process_time(), dict(runs)
     for batches in portions:

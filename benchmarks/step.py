@@ -31,7 +31,6 @@ from benchmarks.beside import in_turns, ratio
 from datasets.batch import Batch, sample_id
 from datasets.sources import open_source
 from datasets.tokens import OpenClipTokens
-from datasets.views import Augment
 from objectives.itc import ITC
 from pretrain.build import build_pretrainer
 from pretrain.config import Run, Stage
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 def read_captions(data: str, count: int) -> list[str]:
     """The first captions of a source, or random words."""
     if data:
-        source = open_source(data, seed=0, split="train", augment=Augment(), say=print)
+        source = open_source(data, seed=0, split="train", say=print)
         return [source.captions(index)[0] for index in range(count)]
     random = np.random.default_rng(0)
     return [" ".join(random.choice(_WORDS, random.integers(10, 21))) for _ in range(count)]

@@ -25,6 +25,7 @@ from datasets.order import Order, Shuffle, share
 from datasets.sample import Fault, Sample
 from datasets.source import Source
 from datasets.tokens import Tokenizer
+from datasets.views import Augment
 from datasets.weights import Weight, weight_at
 
 _STEPS_AHEAD = 3
@@ -82,8 +83,8 @@ class Loader:
     ranks: int = 1
     micro_batches: int = 1
     """Pieces that a rank's part of a source is cut into, or as many as leave each rank a sample in each."""
-    train: bool = True
-    """Draw random views rather than the fixed one."""
+    augment: Augment | None = field(default_factory=Augment)
+    """How random the views are; None for the fixed one."""
     threads: int = 1
     """Reading threads."""
     shuffle: Shuffle = field(default_factory=Shuffle)
@@ -197,7 +198,7 @@ class Loader:
                 slot.index,
                 seed=key,
                 resolution=self.resolution,
-                train=self.train,
+                augment=self.augment,
                 fields=NEEDS[feed.holding.holds],
             )
             samples.append(feed.holding(sample, key))
@@ -257,7 +258,7 @@ def evaluation_batches(
     mine = share(len(starts), rank, ranks)
 
     def read(index: int) -> Sample:
-        return source.read(index, seed=(0, 0, index), resolution=resolution, train=False)
+        return source.read(index, seed=(0, 0, index), resolution=resolution)
 
     with _readers(threads) as readers:
         ahead: deque[list[Future[Sample]]] = deque()

@@ -21,6 +21,7 @@ import torch
 from datasets.drawing import COLOURS, NUMBERS, REACH, SHAPES, Thing, box, draw
 from datasets.sample import Phrase, Sample
 from datasets.source import EVERYTHING, Field
+from datasets.views import Augment
 
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.075, 0.09),
@@ -142,7 +143,7 @@ class Scenes:
         *,
         seed: tuple[int, ...],
         resolution: int,
-        train: bool,
+        augment: Augment | None = None,
         fields: frozenset[Field] = EVERYTHING,
     ) -> Sample:
         """The sample at `index`, always the same one: a new view of it is simply another index."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal, Protocol
 
 from datasets.sample import Sample
+from datasets.views import Augment
 
 Field = Literal["image", "text", "boxes", "label"]
 EVERYTHING: Final[frozenset[Field]] = frozenset(("image", "text", "boxes", "label"))
@@ -30,7 +31,7 @@ class Source(Protocol):
         *,
         seed: tuple[int, ...],
         resolution: int,
-        train: bool,
+        augment: Augment | None = None,
         fields: frozenset[Field] = EVERYTHING,
     ) -> Sample:
         """The sample at `index`; one that cannot be read says so in its `fault`.
@@ -39,7 +40,7 @@ class Source(Protocol):
             index: 0 <= index < size, or any index >= 0 of an endless source.
             seed: the key of every random choice made for this reading (run seed, epoch, index).
             resolution: side of the square image in pixels.
-            train: draw a random view (crop, flip) rather than the one fixed view.
+            augment: how random the view is that `seed` draws; None for the one fixed view.
             fields: what is asked for: nothing else is read, decoded or missed.
         """
         ...

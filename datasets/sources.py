@@ -13,7 +13,6 @@ from datasets.holding import NEEDS, Holding, Holds
 from datasets.loader import Feed
 from datasets.remote.fetch import Remote
 from datasets.source import Field, Source
-from datasets.views import Augment
 from datasets.weights import Weight, check_weight
 
 _PLAIN = ("a photo of a {}.",)  # CLIP, arXiv 2103.00020, section 3.1.4
@@ -56,7 +55,6 @@ def open_source(
     *,
     seed: int,
     split: Literal["train", "test"],
-    augment: Augment,
     remote: Remote | None = None,
     meter: Meter | None = None,
     say: Callable[[str], None] | None = None,
@@ -67,7 +65,6 @@ def open_source(
         spec: `scenes`, or what `datasets.shards.tars.Tars` takes.
         seed: of the run; the built-in scenes follow from it.
         split: which of the built-in scenes; shards are the split that their path says.
-        augment: random views of shards; scenes are drawn anew instead.
         remote: how remote shards are fetched.
         meter: told what reading and decoding cost.
         say: told when shards have to be indexed first.
@@ -81,14 +78,13 @@ def open_source(
         return Scenes(seed=seed, split=split)
     from datasets.shards.tars import Tars
 
-    return Tars(spec, augment=augment, remote=remote, meter=meter, say=say)
+    return Tars(spec, remote=remote, meter=meter, say=say)
 
 
 def open_mixture(
     sources: Mapping[str, SourceConfig],
     *,
     seed: int,
-    augment: Augment,
     remote: Remote,
     meter: Meter,
     say: Callable[[str], None] | None = None,
@@ -100,9 +96,7 @@ def open_mixture(
     """
     feeds: list[Feed] = []
     for name, config in sources.items():
-        source = open_source(
-            config.data, seed=seed, split="train", augment=augment, remote=remote, meter=meter, say=say
-        )
+        source = open_source(config.data, seed=seed, split="train", remote=remote, meter=meter, say=say)
         missing = NEEDS[config.holds] - source.fields
         if missing:
             raise UserError(
@@ -123,9 +117,7 @@ def _classes(name: str, config: SourceConfig, source: Source) -> Classes:
     if config.classes:
         return load_classes(config.classes)
     only: frozenset[Field] = frozenset({"label"})
-    first = (
-        source.read(i, seed=(0,), resolution=1, train=False, fields=only) for i in range(source.size or 1)
-    )
+    first = (source.read(i, seed=(0,), resolution=1, fields=only) for i in range(source.size or 1))
     if isinstance(next((sample.label for sample in first if sample.label is not None), None), int):
         raise UserError(
             f"the classes of {source.name} are numbers: name them with --sources.{name}.classes, `imagenet` "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from datasets.errors import UserError
 
@@ -23,6 +24,29 @@ def weight_at(weight: Weight, step: int) -> float:
             return before[1] + share * (point[1] - before[1])
         before = point
     return before[1]
+
+
+def turns(weight: Weight) -> set[int]:
+    """The steps at which it turns: between two of them it is a straight line."""
+    return set() if isinstance(weight, int | float) else {step for step, _ in weight}
+
+
+def weights_in(chosen: Mapping[str, Weight], own: Mapping[str, Weight], *, begins: int) -> dict[str, Weight]:
+    """The weights that hold in a stage of a run, by name, in the order of the run.
+
+    Args:
+        chosen: by the stage, whose points count its own steps; none for everything the run has.
+        own: of the run, whose points count its steps.
+        begins: the step of the run at which the stage begins.
+    """
+    if not chosen:
+        return dict(own)
+    return {name: _later(chosen[name], begins) for name in own if name in chosen}
+
+
+def _later(weight: Weight, steps: int) -> Weight:
+    """The same weight, of which every point comes so many steps later."""
+    return weight if isinstance(weight, int | float) else tuple((at + steps, value) for at, value in weight)
 
 
 def check_weight(weight: Weight, flag: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from math import ceil
 from time import monotonic
+from typing import get_args
 
 import torch
+from torch import nn
 
 from datasets.errors import UserError
 from datasets.holding import GIVES
@@ -15,10 +18,12 @@ from datasets.loader import Feed
 from datasets.order import RUN
 from datasets.source import Field
 from datasets.tokens import Tokenizer, TrainedBPE
-from datasets.weights import weight_at
+from datasets.weights import turns, weight_at, weights_in
 from objectives import kind_of, objective_class
 from objectives.base import Objective, Tower, Widths
+from pretrain.bystep import held_at, values_of
 from pretrain.config import Run
+from pretrain.curriculum import Curriculum, Stretch
 from pretrain.distributed import Ranks
 from pretrain.precision import choose_attention
 from pretrain.pretrainer import Pretrainer
@@ -32,26 +37,33 @@ _AHEAD = 32 * RUN  # samples whose captions are fetched while others are read
 _SILENCE = 10.0  # seconds
 
 
-def feeding(run: Run, feeds: Sequence[Feed]) -> dict[str, tuple[str, ...]]:
-    """Of each source, the objectives that see its batches: those it names, or all that it can feed.
+def feeding(run: Run, feeds: Sequence[Feed], stage: str) -> dict[str, tuple[str, ...]]:
+    """Of each source of a stage, the objectives that see its batches: those it names, or all it can feed.
 
     Raises:
         UserError: names an objective and what it needs, where a source or every source lacks it.
     """
+    there = run.stages[stage]
+    feeds = [feed for feed in feeds if not there.sources or feed.name in there.sources]
+    minimised = [name for name in run.objectives if not there.objectives or name in there.objectives]
+    where = f" of stage {stage!r}" if len(run.stages) > 1 else ""
     fed: dict[str, tuple[str, ...]] = {}
     for feed in feeds:
         named = run.sources[feed.name].objectives
         for name in named:
             _refuse_if_missing(run, name, feed)
-        fed[feed.name] = named or tuple(name for name in run.objectives if not _missing(run, name, feed))
-    for name in run.objectives:
+        wanted = named or [name for name in run.objectives if not _missing(run, name, feed)]
+        fed[feed.name] = tuple(name for name in wanted if name in minimised)
+    for name in minimised:
         if not any(name in names for names in fed.values()):
             _refuse_if_missing(run, name, feeds[0])
-            raise UserError(f"no source feeds objective {name!r}: name it in a --sources.NAME.objectives")
+            raise UserError(
+                f"no source{where} feeds objective {name!r}: name it in a --sources.NAME.objectives"
+            )
     for feed in feeds:
         if not fed[feed.name]:
             raise UserError(
-                f"no objective of this run can be fed with source {feed.name!r}, which gives "
+                f"no objective{where or ' of this run'} can be fed with source {feed.name!r}, which gives "
                 f"{', '.join(sorted(GIVES[feed.holding.holds]))}: leave it out, or add an objective"
             )
     return fed
@@ -76,25 +88,32 @@ def check_size(run: Run, feeds: Sequence[Feed]) -> None:
     Raises:
         UserError: names the source and both sizes.
     """
-    largest = max(stage.batch for stage in run.stages.values())
-    for feed in feeds:
-        # What is owed beyond the share is less than a quantum for each source (`datasets.mixture`).
-        carried = 0 if len(feeds) == 1 else len(feeds) * run.shuffle.lanes
-        taken = min(largest, ceil(largest * _largest_share(feed, feeds)) + carried)
-        if feed.source.size is not None and feed.source.size < taken:
-            raise UserError(
-                f"{feed.source.name} has {feed.source.size} samples, too few for one batch that takes "
-                f"{taken} of them: choose a smaller batch or more data"
-            )
+    for stretch in Curriculum(run.stages).stretches:
+        there = feeds_in(stretch, feeds)
+        for feed in there:
+            # What is owed beyond the share is less than a quantum for each source (`datasets.mixture`).
+            carried = 0 if len(there) == 1 else len(there) * run.shuffle.lanes
+            taken = min(stretch.batch, ceil(stretch.batch * _largest_share(feed, there, stretch)) + carried)
+            if feed.source.size is not None and feed.source.size < taken:
+                raise UserError(
+                    f"{feed.source.name} has {feed.source.size} samples, too few for one batch that takes "
+                    f"{taken} of them: choose a smaller batch or more data"
+                )
 
 
-def _largest_share(feed: Feed, feeds: Sequence[Feed]) -> float:
+def feeds_in(stretch: Stretch, feeds: Sequence[Feed]) -> list[Feed]:
+    """The sources that are read in a stretch, with the weights that hold there."""
+    own = {feed.name: feed.weight for feed in feeds}
+    weights = weights_in(stretch.stage.sources, own, begins=stretch.begins)
+    return [replace(feed, weight=weights[feed.name]) for feed in feeds if feed.name in weights]
+
+
+def _largest_share(feed: Feed, feeds: Sequence[Feed], stretch: Stretch) -> float:
     """The largest share of a batch that a source ever has: between points of weights it rises or falls."""
-    steps = {0}
-    for each in feeds:
-        steps |= set() if isinstance(each.weight, int | float) else {step for step, _ in each.weight}
+    inside = {step for each in feeds for step in turns(each.weight) if stretch.first <= step < stretch.last}
     return max(
-        weight_at(feed.weight, step) / sum(weight_at(each.weight, step) for each in feeds) for step in steps
+        weight_at(feed.weight, step) / sum(weight_at(each.weight, step) for each in feeds)
+        for step in (stretch.first, *inside, stretch.last - 1)
     )
 
 
@@ -161,7 +180,7 @@ def _captions(feed: Feed) -> Iterator[str]:
         if feed.holding.holds == "classes":
             key = (0, 0, index)
             fields: frozenset[Field] = frozenset({"label"})
-            sample = feed.source.read(index, seed=key, resolution=1, train=False, fields=fields)
+            sample = feed.source.read(index, seed=key, resolution=1, fields=fields)
             yield from feed.holding(sample, key).captions
         elif feed.holding.holds != "images":
             yield from feed.source.captions(index)
@@ -194,7 +213,7 @@ def build_pretrainer(
     model = build_model(
         run.model,
         tokenizer=tokenizer,
-        resolution=next(iter(run.stages.values())).resolution,
+        resolution=held_at(next(iter(run.stages.values())).resolution, 0),
         temperature=classes[borrower].temperature if borrower else None,
         load=load,
     )
@@ -209,20 +228,21 @@ def build_pretrainer(
     check_fused(model, objectives)
     pretrainer = Pretrainer(model, objectives, ranks.group, feeds=feeds)
     check_written(tokenizer, objectives)
-    for stage in run.stages.values():
-        try_resolution(model, stage.resolution)
+    for name, stage in run.stages.items():
+        for resolution in values_of(stage.resolution):
+            try_resolution(model, resolution, flag=f"--stages.{name}.resolution")
     drop_unread(model, objectives)
     choose_attention(model, ranks.device)
     return pretrainer.to(ranks.device)
 
 
-def try_resolution(model: Dual, resolution: int) -> None:
+def try_resolution(model: Dual, resolution: int, *, flag: str) -> None:
     """Encode one black image, so that a later stage's resolution is refused now and not when it begins.
 
     Raises:
         UserError: the image tower does not work at this resolution.
     """
-    with fitting("the image tower", resolution), torch.no_grad():
+    with fitting(f"{flag}: the image tower", resolution), torch.no_grad():
         model.encode_image(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))
 
 
@@ -271,6 +291,25 @@ def check_written(tokenizer: Tokenizer, objectives: Mapping[str, Objective]) -> 
 def towers_of(objective: Objective) -> set[Tower]:
     """The towers whose passes an objective reads."""
     return {wanted.run[0] for wanted in objective.passes}
+
+
+def freeze_unread(pretrainer: Pretrainer) -> None:
+    """Freeze what no objective of this stage reads: no gradient to wait for, and no decay without one.
+
+    Objectives of other stages keep their heads, so that a checkpoint holds the same in every stage.
+    """
+    model, read = pretrainer.model, {name: pretrainer.objectives[name] for name in pretrainer.fed()}
+    towers = {tower for objective in read.values() for tower in towers_of(objective)}
+    states = "captioner" in towers and model.captioner is not None and model.captioner.reads_states
+    if "fusion" in towers or states:
+        towers.add("text")
+    unread: list[nn.Module | None] = [
+        *(getattr(model, tower) for tower in get_args(Tower) if tower not in towers),
+        *(objective for name, objective in pretrainer.objectives.items() if name not in read),
+    ]
+    for module in unread:
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:

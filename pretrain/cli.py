@@ -22,7 +22,9 @@ from datasets.sources import SourceConfig
 from objectives import kind_of, objective_class
 from objectives.base import Objective
 from pretrain import runfile
-from pretrain.config import Run, Stage
+from pretrain.config import Run
+from pretrain.curriculum import Curriculum
+from pretrain.stage import Stage
 from pretrain.zoo.models import model_config, own_resolution
 
 _DESCRIPTION = """Pretrain with any mix of objectives.
@@ -36,11 +38,13 @@ These decide what else there is to set; all other flags are listed below, for th
   --data [NAME=]WHERE      scenes (built in) or tar shards: a manifest, globs, brace ranges, with commas
                            between; again with another NAME for a mixture, set by --sources.NAME.*;
                            of one NAME the last counts; a path with = needs a NAME= or ./ before it
+  --stage NAME             train this stage and stop; it goes on from the one before in the same --out
+                           (default: all that are not finished, one after the other)
   --out RUN_DIR            where the run lives; the same command again goes on there
   --explain                print what this run would do and cost, and do nothing
   --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """
-_SHAPE = ("--recipe", "--objectives", "--model", "--data", "--out", "--explain", "--allow-changed")
+_SHAPE = ("--recipe", "--objectives", "--model", "--data", "--stage", "--out", "--explain", "--allow-changed")
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -51,6 +55,8 @@ class Command:
 
     run: Run
     out: Path
+    stage: str | None = None
+    """The only stage to train; None for all that are not finished."""
     explain: bool = False
     """Whether it is only to be told what would be done."""
     allow_changed: bool = False
@@ -87,7 +93,11 @@ def parse(arguments: Sequence[str]) -> Command:
     run.check()
     title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
     out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
-    return Command(run=run, out=out, explain=chosen.explain, allow_changed=chosen.allow_changed)
+    if chosen.stage is not None:
+        Curriculum(run.stages).of_stage(chosen.stage)  # refuses one that is not there
+    return Command(
+        run=run, out=out, stage=chosen.stage, explain=chosen.explain, allow_changed=chosen.allow_changed
+    )
 
 
 def at_own_resolution(run: Run) -> dict[str, Stage]:

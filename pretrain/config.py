@@ -12,49 +12,17 @@ from datasets.errors import UserError
 from datasets.order import Shuffle
 from datasets.remote.fetch import Remote
 from datasets.sources import SourceConfig
-from datasets.views import Augment
-from datasets.weights import weight_at
+from datasets.weights import turns, weight_at, weights_in
 from objectives.base import Objective
+from pretrain.bystep import held_at
 from pretrain.coupled import Pool
 from pretrain.elastic import check_lanes
-from pretrain.optim import Optim
 from pretrain.parallel import Spread
 from pretrain.precision import Precision
 from pretrain.quarantine import Budget
 from pretrain.sinks.mirrored import Wandb
+from pretrain.stage import Stage
 from pretrain.zoo.models import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stretch of steps in which everything but the learning rate stays as it is."""
-
-    steps: int = 1000
-    """Optimizer steps of this stage."""
-    batch: int = 128
-    """Samples of a global batch, over all ranks and micro-batches."""
-    micro_batches: int = 1
-    """Pieces a rank works through its share in: less memory, the same gradient."""
-    resolution: int = 64
-    """Side of the images in pixels."""
-    optim: Optim = field(default_factory=Optim)
-    """Optimizer settings and learning-rate schedule of this stage."""
-
-    def check(self, name: str) -> None:
-        """Refuse what cannot be trained.
-
-        Raises:
-            UserError: names the flag and the least value.
-        """
-        for key in ("steps", "batch", "micro_batches", "resolution"):
-            if getattr(self, key) < 1:
-                raise UserError(f"--stages.{name}.{key} is {getattr(self, key)}; it must be at least 1")
-        self.optim.check(f"--stages.{name}.optim")
-        if self.batch < self.micro_batches:
-            raise UserError(
-                f"--stages.{name}.batch is {self.batch}, too few samples for "
-                f"{self.micro_batches} micro-batches"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +69,6 @@ class Run:
     """Whose samples are contrasted: those of one source, or of all that feed the objective."""
     val: str = ""
     """Data to evaluate on, written like --data; `scenes` has its own test sets."""
-    augment: Augment = field(default_factory=Augment)
-    """The random view of a photo; built-in scenes are never cropped or flipped."""
     vocabulary: int = 4096
     """Largest vocabulary of a tokenizer trained on the data's own captions."""
     model: ModelConfig
@@ -153,9 +119,8 @@ class Run:
                     f"an objective cannot be called {name!r}: torch uses the name; choose another"
                 )
             objective.check(f"--objectives.{name}")
-        for name, stage in self.stages.items():
-            stage.check(name)
         self._check_sources()
+        self._check_stages()
         self.precision.check()
         self.spread.check(
             {name: stage.optim.kind for name, stage in self.stages.items()},
@@ -182,7 +147,10 @@ class Run:
 
     def _check_elastic(self) -> None:
         for stage in self.stages.values():
-            check_lanes(stage.batch, stage.micro_batches, self.shuffle.lanes)
+            for step in stage.changes():
+                check_lanes(
+                    held_at(stage.batch, step), held_at(stage.micro_batches, step), self.shuffle.lanes
+                )
         if self.precision.parameters == "bf16":
             raise UserError(
                 "--deterministic elastic adds gradients up in float32: leave --precision.parameters bf16 out"
@@ -198,7 +166,6 @@ class Run:
         if not self.sources:
             raise UserError("this recipe names no data: --data scenes, or --data 'shards/*.tar'")
         self.shuffle.check("--shuffle")
-        steps = {0}
         for name, source in self.sources.items():
             if not name.isidentifier():
                 raise UserError(
@@ -211,13 +178,38 @@ class Run:
                     f"--sources.{name}.objectives names {unknown[0]!r}, which this run does not have; it has "
                     f"{', '.join(self.objectives)}"
                 )
-            if not isinstance(source.weight, int | float):
-                steps |= {step for step, _ in source.weight}
-        for step in sorted(steps):  # between these, weights are straight lines
-            if not any(weight_at(source.weight, step) > 0 for source in self.sources.values()):
+
+    def _check_stages(self) -> None:
+        before: Stage | None = None
+        for name, stage in self.stages.items():
+            stage.check(name)
+            known = {"sources": self.sources, "objectives": self.objectives}
+            for key, given in {"sources": stage.sources, "objectives": stage.objectives}.items():
+                for unknown in given.keys() - known[key].keys():
+                    raise UserError(
+                        f"--stages.{name}.{key} names {unknown!r}, which this run does not have; it has "
+                        f"{', '.join(known[key])}"
+                    )
+            kept = stage.moments == "kept"
+            if kept and before is not None and before.optim.kind != stage.optim.kind:
                 raise UserError(
-                    f"no source has a weight above zero at step {step}: raise a --sources.NAME.weight"
+                    f"--stages.{name}.optim.kind {stage.optim.kind} cannot go on with what "
+                    f"{before.optim.kind} kept: take --stages.{name}.moments fresh, or the same kind"
                 )
+            before = stage
+        begins = 0
+        for name, stage in self.stages.items():
+            own = {key: each.weight for key, each in self.sources.items()}
+            weights = weights_in(stage.sources, own, begins=begins)
+            ends = begins + stage.steps
+            steps = {step for each in weights.values() for step in turns(each) if begins <= step < ends}
+            for step in sorted({begins, ends - 1, *steps}):  # between these, weights are straight lines
+                if not any(weight_at(weight, step) > 0 for weight in weights.values()):
+                    raise UserError(
+                        f"no source has a weight above zero at step {step}, in stage {name}: raise a "
+                        f"--sources.NAME.weight or one of --stages.{name}.sources"
+                    )
+            begins = ends
 
     @property
     def data(self) -> str:

@@ -11,8 +11,9 @@ from datasets.shards.tars import Tars
 from datasets.source import Source
 from datasets.sources import open_mixture, open_source
 from datasets.weights import weight_at
-from pretrain.build import check_size, feeding
+from pretrain.build import check_size, feeding, feeds_in
 from pretrain.config import Run
+from pretrain.curriculum import Stretch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,8 @@ class Data:
 
     feeds: Sequence[Feed]
     """The mixture that is trained on."""
-    objectives: dict[str, tuple[str, ...]]
-    """Of each source, the objectives that see its batches."""
+    objectives: dict[str, dict[str, tuple[str, ...]]]
+    """Of each stage and source of it, the objectives that see its batches."""
     val: Source | None
     """What the model is judged on, where it is not the built-in scenes."""
     meter: Meter
@@ -41,14 +42,15 @@ class Data:
             if isinstance(source, Tars):
                 source.close()
 
-    def described(self) -> list[str]:
-        """A line for each source: its share at first, what it holds, what it feeds."""
-        weights = {feed.name: weight_at(feed.weight, 0) for feed in self.feeds}
+    def described(self, stretch: Stretch) -> list[str]:
+        """A line for each source: its share as the stretch begins, what it holds, what it feeds."""
+        feeds = feeds_in(stretch, self.feeds)
+        weights = {feed.name: weight_at(feed.weight, stretch.first) for feed in feeds}
         lines: list[str] = []
-        for feed in self.feeds:
+        for feed in feeds:
             share, size = weights[feed.name] / sum(weights.values()), feed.source.size
             many = "endless" if size is None else f"{size:,} samples"
-            fed = ", ".join(self.objectives[feed.name])
+            fed = ", ".join(self.objectives[stretch.name][feed.name])
             lines.append(
                 f"  {feed.name}: {share:.0%} {feed.holding.holds} of {feed.source.name} ({many}) for {fed}"
             )
@@ -66,14 +68,9 @@ def open_data(run: Run, *, say: Callable[[str], None] | None = None) -> Data:
         UserError: data cannot be found or read, or hold not what is asked of them.
     """
     meter = Meter()
-    feeds = open_mixture(
-        run.sources, seed=run.seed, augment=run.augment, remote=run.remote, meter=meter, say=say
-    )
+    feeds = open_mixture(run.sources, seed=run.seed, remote=run.remote, meter=meter, say=say)
     shards = run.val not in ("", "scenes")
-    val = (
-        open_source(run.val, seed=run.seed, split="test", augment=run.augment, remote=run.remote, say=say)
-        if shards
-        else None
-    )
+    val = open_source(run.val, seed=run.seed, split="test", remote=run.remote, say=say) if shards else None
     check_size(run, feeds)
-    return Data(feeds=feeds, objectives=feeding(run, feeds), val=val, meter=meter)
+    objectives = {stage: feeding(run, feeds, stage) for stage in run.stages}
+    return Data(feeds=feeds, objectives=objectives, val=val, meter=meter)

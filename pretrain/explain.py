@@ -20,32 +20,37 @@ from datasets.tokens import Tokenizer
 from datasets.weights import weight_at
 from objectives.base import Objective
 from pretrain.blocks import blocks_of, recompute
-from pretrain.build import build_pretrainer, build_tokenizer
+from pretrain.build import build_pretrainer, build_tokenizer, feeds_in
 from pretrain.cli import Command
 from pretrain.clipping import tower_of
 from pretrain.config import Run
 from pretrain.costs import TOWERS, Bench, Cost, few
-from pretrain.curriculum import Curriculum
+from pretrain.curriculum import Curriculum, Stretch
 from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.optim import build_optimizer, bytes_kept
 from pretrain.precision import compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
+from pretrain.tables import giga, many, millions, share, table
 
 _SAMPLES = 16
 """Of a step that is measured, about."""
 _MIB = 2**20
+_HEADS = (
+    *("objective", "reads", "across samples", "weight", "parameters"),
+    *("GFLOP alone", "GFLOP it adds", "MiB held alone"),
+)
 
 
 def summary(pretrainer: Pretrainer) -> list[str]:
     """Two lines: who reads what, and how much there is to train."""
     reads = "; ".join(f"{name} reads {_passes(each)}" for name, each in pretrainer.objectives.items())
     whole, trained = _size(pretrainer)
-    parts = ", ".join(f"{part} {_millions(size)}" for part, (size, _) in _by_part(pretrainer).items())
+    parts = ", ".join(f"{part} {millions(size)}" for part, (size, _) in _by_part(pretrainer).items())
     return [
         f"passes: {reads}",
-        f"parameters: {_millions(whole)} ({parts}), {_share(trained, whole)} trained",
+        f"parameters: {millions(whole)} ({parts}), {share(trained, whole)} trained",
     ]
 
 
@@ -55,7 +60,8 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
     compute = compute_for(run.precision, ranks.device)
     with _tokenizer_dir(command, ranks) as rundir:
         tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
-    pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives)
+    first = curriculum.stretches[0]
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives[first.name])
     if run.precision.parameters == "bf16":
         keep_in_bf16(pretrainer)
     if run.spread.activation_checkpointing:
@@ -65,7 +71,7 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
     size = max(2, _SAMPLES // len(batches))
     bench = Bench(
         pretrainer=pretrainer,
-        feeds=data.objectives,
+        feeds=data.objectives[first.name],
         batches=[few(batch, size).to(ranks.device) for batch in batches],
         ranks=ranks,
         compute=compute,
@@ -73,21 +79,17 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         lanes=lanes,
         seed=run.seed,
     )
-    names = list(run.objectives)
+    names = pretrainer.fed()
     whole = bench.measure(names)
     alone = {name: whole if len(names) == 1 else bench.measure([name]) for name in names}
     left = {name: _without(bench, names, name, alone) for name in names if len(names) > 1}
-    stage = next(iter(run.stages.values()))
-    largest = -(-stage.batch // (ranks.world * len(batches)))
+    largest = -(-first.batch // (ranks.world * len(batches)))
     return [
         f"{' + '.join(names)} on {run.data}: {curriculum.steps:,} steps, {curriculum.samples:,} samples",
         f"only told: nothing is trained, and {command.out} is left as it is",
         "",
-        *_table(
-            (
-                *("objective", "reads", "across samples", "weight", "parameters"),
-                *("GFLOP alone", "GFLOP it adds", "MiB held alone"),
-            ),
+        *table(
+            _HEADS,
             [
                 _objective(run, pretrainer, each, whole=whole, alone=alone[each], left=left.get(each),
                            samples=largest)
@@ -98,14 +100,14 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         "  adds is what a step saves without it, since towers that others read too run once for all of them.",
         *remarks(pretrainer),
         "",
-        *_table(("part", "parameters", "trained", "forward runs a step"), _towers(pretrainer, whole)),
+        *table(("part", "parameters", "trained", "forward runs a step"), _towers(pretrainer, whole)),
         "",
-        *_step(run, batches, ranks, whole),
+        *_step(first, batches, ranks, whole),
         *_memory(run, pretrainer, whole, largest),
         *_spread(run, ranks, bf16=compute.bf16),
         "",
         "sources",
-        *data.described(),
+        *data.described(first),
         "",
         *_stages(curriculum),
     ]  # fmt: skip
@@ -122,16 +124,16 @@ def _stages(curriculum: Curriculum) -> list[str]:
         [
             each.name,
             f"{each.first:,}..{each.last:,}",
-            f"{each.stage.steps * each.stage.batch:,}",
-            str(each.stage.resolution),
-            f"{each.stage.batch:,}",
-            str(each.stage.micro_batches),
+            f"{(each.last - each.first) * each.batch:,}",
+            str(each.resolution),
+            f"{each.batch:,}",
+            str(each.micro_batches),
             each.stage.optim.kind,
             f"{each.stage.optim.lr:g}",
         ]
         for each in curriculum.stretches
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _without(bench: Bench, names: Sequence[str], name: str, alone: Mapping[str, Cost]) -> Cost:
@@ -157,21 +159,22 @@ def _first_batches(
     run: Run, curriculum: Curriculum, data: Data, tokenizer: Tokenizer, ranks: Ranks
 ) -> Sequence[Batch]:
     """This rank's micro-batches of the first step; of one source, no more samples than are looked at."""
-    stage = curriculum.stretches[0].stage
+    first = curriculum.stretches[0]
     lanes = run.shuffle.lanes
-    pieces = lanes // ranks.world if run.deterministic == "elastic" else stage.micro_batches
-    batch = stage.batch
+    pieces = lanes // ranks.world if run.deterministic == "elastic" else first.micro_batches
+    batch = first.batch
     if len(data.feeds) == 1 and run.deterministic != "elastic":
         batch = min(batch, ranks.world * max(_SAMPLES, 2 * pieces))
     loader = Loader(
-        data.feeds,
+        feeds_in(first, data.feeds),
         tokenizer,
         seed=run.seed,
         batch=batch,
         rank=ranks.rank,
         ranks=ranks.world,
         micro_batches=pieces,
-        resolution=stage.resolution,
+        resolution=first.resolution,
+        augment=first.stage.augment,
         threads=run.loader_threads,
         shuffle=run.shuffle,
     )
@@ -197,9 +200,9 @@ def _objective(
         _passes(objective),
         across,
         f"{weight_at(run.objectives[name].weight, 0):g}",
-        _millions(sum(one.numel() for one in objective.parameters())),
-        _giga(alone.flops),
-        _giga(whole.flops - left.flops) if left else _giga(whole.flops),
+        millions(sum(one.numel() for one in objective.parameters())),
+        giga(alone.flops),
+        giga(whole.flops - left.flops) if left else giga(whole.flops),
         f"{(fixed + each * samples) / _MIB:,.0f}",
     ]
 
@@ -221,20 +224,19 @@ def _towers(pretrainer: Pretrainer, whole: Cost) -> list[list[str]]:
     rows: list[list[str]] = []
     for part, (size, trained) in _by_part(pretrainer).items():
         runs = str(whole.runs.get(part, 0)) if part in TOWERS else ""
-        rows.append([part, _millions(size), _share(trained, size), runs])
+        rows.append([part, millions(size), share(trained, size), runs])
     size, trained = _size(pretrainer)
-    return [*rows, ["all", _millions(size), _share(trained, size), ""]]
+    return [*rows, ["all", millions(size), share(trained, size), ""]]
 
 
-def _step(run: Run, batches: Sequence[Batch], ranks: Ranks, whole: Cost) -> list[str]:
-    """What a process does in a step of the first stage."""
-    stage = next(iter(run.stages.values()))
-    own = stage.batch / ranks.world
-    again = f", and {_giga(own * whole.again)} again to save memory" if whole.again else ""
+def _step(first: Stretch, batches: Sequence[Batch], ranks: Ranks, whole: Cost) -> list[str]:
+    """What a process does in a step of the first stretch."""
+    own = first.batch / ranks.world
+    again = f", and {giga(own * whole.again)} again to save memory" if whole.again else ""
     return [
-        f"step: {stage.batch:,} samples on {_many(ranks.world, 'process')}, "
-        f"{_many(len(batches), 'micro-batch')} on each",
-        f"  {_giga(own * whole.flops)} GFLOP on each ({_giga(whole.flops)} a sample){again}",
+        f"step: {first.batch:,} samples on {many(ranks.world, 'process')}, "
+        f"{many(len(batches), 'micro-batch')} on each",
+        f"  {giga(own * whole.flops)} GFLOP on each ({giga(whole.flops)} a sample){again}",
     ]
 
 
@@ -248,7 +250,7 @@ def _memory(run: Run, pretrainer: Pretrainer, whole: Cost, samples: int) -> list
     return [
         f"memory: about {total / _MIB:,.0f} MiB of tensors on each, without what sharding saves",
         f"  weights {weights / _MIB:,.0f}, gradients {gradients / _MIB:,.0f}, moments {moments / _MIB:,.0f}, "
-        f"held between forward and backward {held / _MIB:,.0f} for {_many(samples, 'sample')}",
+        f"held between forward and backward {held / _MIB:,.0f} for {many(samples, 'sample')}",
         "  held is counted on some samples and scaled; kernels need more for themselves",
     ]
 
@@ -260,7 +262,7 @@ def moment_bytes(run: Run, pretrainer: Pretrainer) -> int:
 
 
 def _spread(run: Run, ranks: Ranks, *, bf16: bool) -> list[str]:
-    many = _many(ranks.world, "process") + (f", {run.spread.parallel}" if ranks.group else "")
+    processes = many(ranks.world, "process") + (f", {run.spread.parallel}" if ranks.group else "")
     marks = [
         f"bf16 autocast over {run.precision.parameters} parameters" if bf16 else "float32",
         *(["activations computed twice"] if run.spread.activation_checkpointing else []),
@@ -268,7 +270,7 @@ def _spread(run: Run, ranks: Ranks, *, bf16: bool) -> list[str]:
         *(["offloaded to the host"] if run.spread.offload else []),
         *(["elastic"] if run.deterministic == "elastic" else []),
     ]
-    return [f"spread: {many} on {ranks.device.type}, {', '.join(marks)}"]
+    return [f"spread: {processes} on {ranks.device.type}, {', '.join(marks)}"]
 
 
 def _by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
@@ -284,34 +286,3 @@ def _by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
 def _size(module: nn.Module) -> tuple[int, int]:
     sizes = [(each.numel(), each.numel() * each.requires_grad) for each in module.parameters()]
     return sum(size for size, _ in sizes), sum(trained for _, trained in sizes)
-
-
-def _many(count: int, thing: str) -> str:
-    plural = thing + ("es" if thing.endswith(("s", "ch")) else "s")
-    return f"{count:,} {thing if count == 1 else plural}"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole else "-"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,}"
-
-
-def _giga(flops: float) -> str:
-    return f"{flops / 1e9:,.3g}" if flops < 1e12 else f"{flops / 1e9:,.0f}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns: words to the left, numbers to the right."""
-    widths = [max(len(row[at]) for row in (heads, *rows)) for at in range(len(heads))]
-    right = [all(row[at][:1].isdecimal() or not row[at] for row in rows) for at in range(len(heads))]
-    return [
-        "  "
-        + "  ".join(
-            f"{cell:>{width}}" if to_right else f"{cell:<{width}}"
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in (heads, *rows)
-    ]

@@ -28,11 +28,11 @@ from datasets.errors import UserError
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
-from pretrain.data import open_data
+from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.explain import explain
-from pretrain.finish import is_finished, show
+from pretrain.finish import already, show, unfinished
 from pretrain.flops import matmul_peak
 from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
@@ -96,9 +96,9 @@ def _crash(error: Exception) -> None:
 
 def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
     """Build what the run describes, train it, and judge it."""
-    run, curriculum = command.run, Curriculum(command.run.stages)
+    curriculum = Curriculum(command.run.stages)
     with ExitStack() as stack:
-        data = open_data(run, say=say if ranks.zero else None)
+        data = open_data(command.run, say=say if ranks.zero else None)
         stack.callback(data.close)
         check_ranks(data.feeds, ranks)
         if command.explain:
@@ -107,13 +107,36 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
             return DONE
         rundir = RunDir(command.out)
         changed = ranks.on_zero(lambda: claim(command, stack))
-        if is_finished(rundir, curriculum):
-            if ranks.zero:
-                sys.stdout.write(f"{command.out} is finished; a larger --stages.NAME.steps goes on with it\n")
-            return DONE
-        if _stops(ranks, preemption):
-            return INTERRUPTED
-        training = build(command, curriculum, data, rundir, ranks, stack, changed=changed)
+        stages = ranks.on_zero(lambda: unfinished(rundir, curriculum, stage=command.stage))
+        if not stages and ranks.zero:
+            say(already(command))
+        for stage in stages:
+            if _stops(ranks, preemption):
+                return INTERRUPTED
+            code = train_stage(
+                command, curriculum, data, rundir, ranks, preemption, stage=stage, changed=changed
+            )
+            if code != DONE:
+                return code
+            changed = []
+        return DONE
+
+
+def train_stage(
+    command: Command,
+    curriculum: Curriculum,
+    data: Data,
+    rundir: RunDir,
+    ranks: Ranks,
+    preemption: Preemption,
+    *,
+    stage: str,
+    changed: Sequence[str],
+) -> int:
+    """Build everything for a stage, train it to its end, and judge it; returns the exit code."""
+    run = command.run
+    with ExitStack() as stack:
+        training = build(command, curriculum, data, rundir, ranks, stack, stage=stage, changed=changed)
         if _stops(ranks, preemption):
             return INTERRUPTED
         check(training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
@@ -16,8 +16,10 @@ from torch import Tensor
 from datasets.batch import Batch
 from datasets.errors import UserError
 from datasets.loader import Loader, Masked, Portion
-from datasets.weights import weight_at
+from datasets.mixture import Account
+from datasets.weights import weight_at, weights_in
 from objectives.gather import count_rows
+from pretrain.build import feeds_in
 from pretrain.curriculum import Stretch
 from pretrain.distributed import Ranks
 from pretrain.evaluate import during
@@ -32,12 +34,13 @@ from pretrain.training import Training
 
 
 def train(training: Training, preemption: Preemption) -> Literal["finished", "interrupted"]:
-    """Train from where the run stands to its end, or to the step boundary after a signal."""
+    """Train from where the run stands to the end of its stage, or to the step boundary after a signal."""
     if during.is_pending(training):
         during.evaluate(training)  # the process ended before it had
-    for stretch, first in training.curriculum.from_step(training.standing.step):
+    for stretch in training.curriculum.of_stage(training.stage):
+        first = max(stretch.first, training.standing.step)
         loader = _loader(training, stretch)
-        portions = loader.steps(first, stretch.last, accounts=training.standing.accounts)
+        portions = loader.steps(first, stretch.last, accounts=_accounts(training, stretch))
         with closing(portions):
             for step in range(first, stretch.last):
                 with training.clock.waiting(cold=step == first):
@@ -70,7 +73,7 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 due = done % training.run.cadence.checkpoint == 0 and not training.standing.streak
                 if judged or due:
                     check_sound(training, stretch)
-                    save(training, last=done == training.curriculum.steps)
+                    save(training, last=done == stretch.ends)
                 if judged:
                     with training.clock.pause():
                         training.saver.finish()
@@ -79,7 +82,7 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
 
 
 def check(training: Training) -> None:
-    """Refuse stages whose batches these sources and ranks cannot share, before any is trained.
+    """Refuse stretches whose batches these sources and ranks cannot share, before any is trained.
 
     Raises:
         UserError: names the sizes.
@@ -93,12 +96,12 @@ def check(training: Training) -> None:
 
 
 def rehearsal(training: Training) -> Callable[[], None]:
-    """A forward and backward of the first stage's first batch that changes nothing, for measuring."""
-    stretch = training.curriculum.stretches[0]
+    """A forward and backward of the stage's first batch that changes nothing, for measuring."""
+    stretch = training.curriculum.of_stage(training.stage)[0]
 
     @cache
     def first_batches() -> list[Batch]:
-        (portion,) = _loader(training, stretch).steps(0, 1)
+        (portion,) = _loader(training, stretch).steps(stretch.first, stretch.first + 1)
         return [batch.to(training.ranks.device) for batch in portion.batches]
 
     def step() -> None:
@@ -114,15 +117,15 @@ def rehearsal(training: Training) -> Callable[[], None]:
 def _loader(training: Training, stretch: Stretch) -> Loader:
     run, ranks = training.run, training.ranks
     return Loader(
-        training.feeds,
+        feeds_in(stretch, training.feeds),
         training.tokenizer,
         seed=run.seed,
-        batch=stretch.stage.batch,
+        batch=stretch.batch,
         rank=ranks.rank,
         ranks=ranks.world,
-        micro_batches=training.setup.wrapped.micro_batches or stretch.stage.micro_batches,
-        resolution=stretch.stage.resolution,
-        train=True,
+        micro_batches=training.setup.wrapped.micro_batches or stretch.micro_batches,
+        resolution=stretch.resolution,
+        augment=stretch.stage.augment,
         threads=run.loader_threads,
         shuffle=run.shuffle,
         meter=training.health.meter,
@@ -130,19 +133,27 @@ def _loader(training: Training, stretch: Stretch) -> Loader:
     )
 
 
+def _accounts(training: Training, stretch: Stretch) -> Mapping[str, Account]:
+    """Where the sources stand; a new stage owes none of them what the one before did."""
+    accounts, begins = training.standing.accounts, training.standing.step == stretch.begins
+    return {name: Account(account.position) for name, account in accounts.items()} if begins else accounts
+
+
 def _one_step(
     training: Training, stretch: Stretch, portion: Portion, batches: Sequence[Batch], agreed: Agreed
 ) -> Fault | None:
     """Take it; why it was skipped instead, if it was."""
     run, stage, ranks, step = training.run, stretch.stage, training.ranks, portion.step
-    set_rate(training.optimizer, stage.optim, step=step - stretch.first, steps=stage.steps)
+    set_rate(training.optimizer, stage.optim, step=step - stretch.begins, steps=stage.steps)
+    own = {name: config.weight for name, config in run.objectives.items()}
+    weights = weights_in(stage.objectives, own, begins=stretch.begins)
     with training.stopwatch.step(portion.batches):
         done = train_step(
             training.setup,
             batches,
             training.optimizer,
             counts=agreed.counts,
-            weights={name: weight_at(config.weight, step) for name, config in run.objectives.items()},
+            weights={name: weight_at(weights.get(name, 0.0), step) for name in own},
             largest_norm=stage.optim.clip,
             key=(run.seed, step),
             unfit=agreed.sums["unfit"] > 0,
@@ -159,13 +170,14 @@ def _advance(
     training.standing = replace(
         standing,
         step=portion.step + 1,
-        samples=standing.samples + stretch.stage.batch,
-        accounts=dict(portion.accounts),
+        samples=standing.samples + stretch.batch,
+        accounts={**standing.accounts, **portion.accounts},
         masked=dict(Counter(standing.masked) + faults),
+        behind=training.curriculum.finished_at(portion.step),
         skipped=dict(Counter(standing.skipped) + Counter([fault.kind] if fault else [])),
         streak=standing.streak + 1 if fault else 0,
     )
-    training.clock.step(stretch.stage.batch)
+    training.clock.step(stretch.batch)
 
 
 def _tell(training: Training, sentence: str) -> None:
@@ -188,8 +200,8 @@ def _set_aside(
     if agreed.sums["masked"] == 0:
         return Counter()
     all_masked = [one for each in training.ranks.gather_objects(masked) for one in each]
-    verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked, stretch.stage.batch))
-    if agreed.sums["masked"] == stretch.stage.batch:
+    verdict = training.ranks.on_zero(lambda: _verdict(training, all_masked, stretch.batch))
+    if agreed.sums["masked"] == stretch.batch:
         one = all_masked[0]
         verdict = f"not one sample of a whole batch can be read ({one.key}: {one.fault}): check --data"
     if verdict is not None:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
+
 from pretrain import checkpoint, runfile
 from pretrain.bottleneck import Setting, cache_warnings
-from pretrain.build import build_pretrainer, build_tokenizer
+from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, freeze_unread
 from pretrain.cli import Command
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
@@ -33,6 +35,7 @@ from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines, cut
 from pretrain.sinks.mirrored import Mirrored
+from pretrain.stage import Stage
 from pretrain.starts import record_start
 from pretrain.state import Standing, restore
 from pretrain.step import Setup
@@ -48,22 +51,26 @@ def build(
     ranks: Ranks,
     stack: ExitStack,
     *,
+    stage: str,
     changed: Sequence[str],
 ) -> Training:
-    """Everything the loop works with, in the order data flows; what must be closed goes on the stack."""
-    run = command.run
+    """Everything the loop works with in a stage, in the order data flows.
+
+    What must be closed goes on the stack. A stage goes on from the last checkpoint of the one before.
+    """
+    run, begins = command.run, curriculum.of_stage(stage)[0].begins
     compute = compute_for(run.precision, ranks.device)
     tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=say)
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
-    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives)
-    wrapped = _wrap(run, pretrainer, ranks, compute)
-    optimizer = build_optimizer(pretrainer, next(iter(run.stages.values())).optim)
+    pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
+    wrapped, optimizer = _to_train(run, run.stages[stage], pretrainer, ranks, compute)
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
         before = Standing.of(found.state())
         standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
-        restore(found.tensors(), pretrainer, optimizer)
+        fresh = before.step == begins and run.stages[stage].moments == "fresh"
+        restore(found.tensors(), pretrainer, optimizer, moments=not fresh)
     else:
         differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
     changed = list(dict.fromkeys([*changed, *differing]))
@@ -82,6 +89,7 @@ def build(
         setup=Setup(wrapped=wrapped, compute=compute, pool=run.pool, watch=stopwatch),
         optimizer=optimizer,
         curriculum=curriculum,
+        stage=stage,
         ranks=ranks,
         rundir=rundir,
         standing=standing,
@@ -91,23 +99,24 @@ def build(
     stack.callback(training.saver.close)
     if ranks.zero:
         _open_records(training, data, changed, stack)
-    for message in [
-        *messages,
-        *(f"changed since the last start: {words}" for words in changed),
-        *introduction(command, training, data),
-        *cache_warnings(setting),
-    ]:
+    messages += [f"changed since the last start: {words}" for words in changed]
+    for message in [*messages, *introduction(command, training, data), *cache_warnings(setting)]:
         training.sink.note(message)
     return training
 
 
-def _wrap(run: Run, pretrainer: Pretrainer, ranks: Ranks, compute: Compute) -> Wrapped:
+def _to_train(
+    run: Run, stage: Stage, pretrainer: Pretrainer, ranks: Ranks, compute: Compute
+) -> tuple[Wrapped, torch.optim.Optimizer]:
+    """What the steps of a stage work with, in the order of `pretrain.parallel`."""
+    freeze_unread(pretrainer)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
     if lanes is not None:
         ranks.on_zero(lambda: check_ranks(lanes, ranks.world))
     if run.precision.parameters == "bf16":
         keep_in_bf16(pretrainer)
-    return wrap(pretrainer, ranks, run.spread, bf16=compute.bf16, lanes=lanes)
+    wrapped = wrap(pretrainer, ranks, run.spread, bf16=compute.bf16, lanes=lanes)
+    return wrapped, build_optimizer(pretrainer, stage.optim)
 
 
 def _resume(
@@ -141,6 +150,7 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
     training.starts = record_start(
         rundir.starts,
         step=standing.step,
+        stage=training.stage,
         done=training.ledger.done,
         ranks=ranks.world,
         device=ranks.device.type,
@@ -187,13 +197,16 @@ def _record(command: Command, data: Data, rundir: RunDir, *, other_data: bool) -
 def introduction(command: Command, training: Training, data: Data) -> list[str]:
     """What will happen, in a few lines."""
     run, curriculum, standing = training.run, training.curriculum, training.standing
-    objectives = " + ".join(run.objectives)
+    stretches = curriculum.of_stage(training.stage)
+    here = feeds_in(stretches[0], data.feeds)
+    objectives = " + ".join(run.stages[training.stage].objectives or run.objectives)
     begin = f"from step {standing.step}" if standing.step else "from the start"
-    where = run.data if len(run.sources) == 1 else f"{len(run.sources)} sources"
+    where = here[0].source.name if len(here) == 1 else f"{len(here)} sources"
+    which = f"stage {training.stage}, " if len(run.stages) > 1 else ""
     return [
-        f"{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
+        f"{which}{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
         f"everything is kept in {command.out}",
         *summary(training.pretrainer),
         *remarks(training.pretrainer),
-        *(data.described() if len(data.feeds) > 1 else []),
+        *(data.described(stretches[0]) if len(here) > 1 else []),
     ]

@@ -82,6 +82,13 @@ class Pretrainer(nn.Module):
         """The objectives that see the batches of a source."""
         return [name for name in self.objectives if self._feeds is None or name in self._feeds[source]]
 
+    def fed(self) -> list[str]:
+        """The objectives that see the batches of any source."""
+        feeds = self._feeds
+        return [
+            name for name in self.objectives if feeds is None or any(name in fed for fed in feeds.values())
+        ]
+
     def coupled(self, names: Sequence[str]) -> tuple[Pass, ...]:
         """The passes through which samples of a batch see each other, of these objectives, each once."""
         return tuple(dict.fromkeys(wanted for name in names for wanted in self.objectives[name].coupled))

@@ -26,7 +26,7 @@ from pretrain.zoo.models import ModelConfig, model_config_class, model_kind_of
 BUDGETS = ("bad", "cadence", "eval", "loader_threads", "remote", "spread", "val", "wandb")
 """Keys of a run that may change from one start to the next, beside the steps of its stages."""
 
-CHANGEABLE = ("augment", "deterministic", "pool", "precision", "seed", "shuffle", "sources", "stages")
+CHANGEABLE = ("deterministic", "pool", "precision", "seed", "shuffle", "sources", "stages")
 """Keys that may be changed on purpose (--allow-changed): weights and moments fit in spite of it."""
 
 

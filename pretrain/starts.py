@@ -17,6 +17,8 @@ class Start:
     """Unix seconds."""
     step: int
     """The step it began from."""
+    stage: str
+    """The stage that it trains."""
     lost: int
     """Steps that had been done beyond it, and are done again."""
     ranks: int
@@ -30,19 +32,20 @@ class Starts:
     """What all starts of a run come to."""
 
     restarts: int
-    """Starts after the first."""
+    """Starts of a stage after its first."""
     lost_steps: int
     """Steps that were done twice, over all of them."""
 
 
 def record_start(
-    path: Path, *, step: int, done: int, ranks: int, device: str, changed: Sequence[str] = ()
+    path: Path, *, step: int, stage: str, done: int, ranks: int, device: str, changed: Sequence[str] = ()
 ) -> Starts:
     """Append this start and sum up all of them.
 
     Args:
         path: RUN_DIR/starts.jsonl.
         step: the step this start begins from.
+        stage: the stage that it trains.
         done: the last step that was ever done.
         ranks: processes that train together.
         device: the kind of device they train on.
@@ -51,6 +54,7 @@ def record_start(
     start = Start(
         time=round(time.time(), 3),
         step=step,
+        stage=stage,
         lost=max(0, done - step),
         ranks=ranks,
         device=device,
@@ -61,8 +65,13 @@ def record_start(
         # A line torn by a crash is closed first, so that it costs no more than itself.
         torn = not file.read().endswith(b"\n") and file.tell() > 0
         file.write(b"\n" * torn + json.dumps(asdict(start)).encode() + b"\n")
-    starts = list(read_starts(path))
-    return Starts(restarts=len(starts) - 1, lost_steps=sum(each.lost for each in starts))
+    return sum_up(list(read_starts(path)))
+
+
+def sum_up(starts: Sequence[Start]) -> Starts:
+    """What interruptions have cost."""
+    restarts = len(starts) - len({each.stage for each in starts})
+    return Starts(restarts=restarts, lost_steps=sum(each.lost for each in starts))
 
 
 def read_starts(path: Path) -> Iterator[Start]:

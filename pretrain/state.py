@@ -45,6 +45,8 @@ class Standing:
     """Optimizer steps done."""
     samples: int = 0
     """Samples used, of all sources together."""
+    behind: Mapping[str, int] = field(default_factory=dict)
+    """The stages before that of the latest step, in order, and the steps that each had."""
     shift: int = 0
     """What `samples` is beyond the steps of these stages, after a change that was allowed."""
     accounts: Mapping[str, Account] = field(default_factory=dict)
@@ -109,6 +111,13 @@ class Standing:
             )
         if before.step > curriculum.steps:
             raise UserError(_ELSEWHERE.format(before.step, before.samples))
+        behind = curriculum.finished_at(before.step - 1)
+        if not allowed and list(before.behind.items()) != list(behind.items()):
+            raise UserError(
+                f"the checkpoint of step {before.step} was trained through {_stages(before.behind)}, and "
+                f"these stages say {_stages(behind)}: give them their old names and --stages.NAME.steps, "
+                "use another --out, or go on in spite of it with --allow-changed"
+            )
         shift = before.samples - curriculum.samples_at(before.step)
         if shift != before.shift and not allowed:
             raise UserError(_ELSEWHERE.format(before.step, before.samples))
@@ -116,7 +125,13 @@ class Standing:
         if allowed:
             # What is owed adds up to nothing among the sources of then, in parts of the lanes of then.
             accounts = {name: Account(account.position) for name, account in accounts.items()}
-        return replace(before, data=self.data, order=self.order, accounts=accounts, shift=shift)
+        return replace(
+            before, data=self.data, order=self.order, accounts=accounts, shift=shift, behind=behind
+        )
+
+
+def _stages(behind: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({steps} steps)" for name, steps in behind.items()) or "no stage to its end"
 
 
 _ELSEWHERE = (
@@ -143,14 +158,28 @@ def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     return {"model": model, "optimizer": moments}
 
 
-def restore(saved: Mapping[str, Saved], pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    saved: Mapping[str, Saved],
+    pretrainer: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    moments: bool = True,
+) -> None:
     """Put weights and moments back where `capture` took them, however they are sharded now.
 
     Each rank reads only the parts that it holds. A moment of the shape of its parameter is sharded like that,
     one of another shape is whole on every rank. What does not train now gets no moments.
+
+    Args:
+        saved: group to its tensors.
+        pretrainer: wrapped already.
+        optimizer: over its parameters.
+        moments: False leaves the optimizer as it is.
     """
     model = pretrainer.state_dict()
     pretrainer.load_state_dict({name: saved["model"].like(name, model.get(name)) for name in saved["model"]})
+    if not moments:
+        return
     keys: dict[str, list[str]] = {}
     for at in saved["optimizer"]:
         name, _, key = at.rpartition(".")

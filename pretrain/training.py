@@ -43,6 +43,8 @@ class Training:
     """The pretrainer as it is wrapped, and how it is run."""
     optimizer: torch.optim.Optimizer
     curriculum: Curriculum
+    stage: str
+    """The stage that is trained."""
     ranks: Ranks
     rundir: RunDir
     standing: Standing

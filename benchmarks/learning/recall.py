@@ -18,7 +18,6 @@ from datasets.batch import Batch
 from datasets.collate import collate
 from datasets.sources import open_source
 from datasets.tokens import Tokenizer
-from datasets.views import Augment
 from pretrain.evaluate.retrieval import recalls
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import OpenClipConfig, build_model, own_tokenizer
@@ -41,9 +40,9 @@ class Examination:
         """Read tar shards, in the fixed view and with all captions."""
         tokenizer = own_tokenizer(OpenClipConfig(name=model))
         assert tokenizer is not None
-        source = open_source(patterns, seed=0, split="test", augment=Augment())
+        source = open_source(patterns, seed=0, split="test")
         assert source.size is not None
-        samples = [source.read(i, seed=(i,), resolution=resolution, train=False) for i in range(source.size)]
+        samples = [source.read(i, seed=(i,), resolution=resolution) for i in range(source.size)]
         readable = [sample for sample in samples if not sample.fault]
         parts = [readable[first : first + _BATCH] for first in range(0, len(readable), _BATCH)]
         batches = [collate(part, tokenizer, resolution=resolution) for part in parts]

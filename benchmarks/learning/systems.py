@@ -150,7 +150,7 @@ def medley(job: Job, *, data: str, optim: Optim) -> Training:
         f"{stage}optim.weight-decay": optim.weight_decay,
         f"{stage}optim.warmup": job.warmup,
         f"{stage}optim.clip": optim.clip,
-        "augment.crop": settings.crop,
+        "stages.one.augment.crop": settings.crop,
         "precision.threads": 1,
         "loader-threads": 1,
         "cadence.checkpoint": job.every,
@@ -163,7 +163,7 @@ def medley(job: Job, *, data: str, optim: Optim) -> Training:
     betas = [f"--{stage}optim.betas", *map(str, optim.betas)]
     launch = [sys.executable, "-m", "pretrain.launch"]
     return Training(
-        command=[*launch, *_spelled(flags), *betas, "--augment.no-flip"],
+        command=[*launch, *_spelled(flags), *betas, "--stages.one.augment.no-flip"],
         checkpoints=checkpoints,
         names={step: f"step-{step:08d}*" for step in job.saved},
         weights={step: checkpoints / f"step-{step:08d}" / "model.safetensors" for step in job.saved},

@@ -41,7 +41,6 @@ class Tars:
         self,
         spec: str,
         *,
-        augment: Augment,
         remote: Remote | None = None,
         meter: Meter | None = None,
         say: Callable[[str], None] | None = None,
@@ -50,7 +49,6 @@ class Tars:
 
         Args:
             spec: what `open_manifest` takes: manifests, paths, globs and brace ranges, separated by commas.
-            augment: how random the views of training are.
             remote: how remote shards are fetched.
             meter: told what reading and decoding cost.
             say: told when shards have to be indexed first.
@@ -63,7 +61,6 @@ class Tars:
         self.size: int | None = self.manifest.size
         self.fingerprint = self.manifest.fingerprint
         self.remote = self.manifest.remote
-        self._augment = augment
         self._meter = meter or Meter()
         self._store = Store(self.manifest, remote=remote or Remote(), meter=self._meter)
         self.fields: frozenset[Field] = self._held()
@@ -74,10 +71,10 @@ class Tars:
         *,
         seed: tuple[int, ...],
         resolution: int,
-        train: bool,
+        augment: Augment | None = None,
         fields: frozenset[Field] = EVERYTHING,
     ) -> Sample:
-        """The sample at `index`: a view drawn by `seed` for training, the central square otherwise."""
+        """The sample at `index`: a view drawn by `seed`, or the central square."""
         number, row = self._find(index)
         shard = printable(self.manifest[number].label)
         here: _Where = {
@@ -93,10 +90,10 @@ class Tars:
             with self._meter.timed("decode", here["key"]):
                 image = decode(encoded)
                 height, width = image.shape[1:]
-                if train:
-                    view = random_view(height, width, augment=self._augment, key=seed)
-                else:
+                if augment is None:
                     view = fixed_view(height, width)
+                else:
+                    view = random_view(height, width, augment=augment, key=seed)
                 pixels = view.pixels(image, resolution=resolution)
         except ContentError as error:
             fault = Fault(error.kind, str(error), shard, here["offset"])

@@ -20,7 +20,6 @@ from datasets.classes import load_classes
 from datasets.errors import UserError
 from datasets.source import Source
 from datasets.sources import open_source
-from datasets.views import Augment
 from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge
@@ -143,7 +142,7 @@ def _measure(
 
 
 def _open(spec: str) -> Source:
-    return open_source(spec, seed=0, split="test", augment=Augment())
+    return open_source(spec, seed=0, split="test")
 
 
 def _kept(command: Command) -> Path:

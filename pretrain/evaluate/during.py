@@ -17,9 +17,9 @@ from pretrain.training import Training
 
 
 def is_due(training: Training, step: int) -> bool:
-    """Whether the model is judged after so many steps: every so often, and after the last."""
+    """Whether the model is judged after so many steps: every so often, and after the last of a stage."""
     every = training.run.eval.every
-    return step == training.curriculum.steps or (every > 0 and step > 0 and step % every == 0)
+    return step in training.curriculum.ends().values() or (every > 0 and step > 0 and step % every == 0)
 
 
 def is_pending(training: Training) -> bool:
@@ -132,7 +132,7 @@ def _show(training: Training, results: Results) -> None:
 
 
 def _is_last(training: Training) -> bool:
-    return training.standing.step == training.curriculum.steps
+    return training.standing.step in training.curriculum.ends().values()
 
 
 def _on_scenes(training: Training) -> bool:
@@ -140,4 +140,4 @@ def _on_scenes(training: Training) -> bool:
 
 
 def _resolution(training: Training) -> int:
-    return training.curriculum.stretch_of(max(0, training.standing.step - 1)).stage.resolution
+    return training.curriculum.stretch_of(max(0, training.standing.step - 1)).resolution

@@ -106,7 +106,7 @@ def _glance(examination: Examination) -> list[Sample]:
     """Samples spread evenly over the set, without those that cannot be read."""
     source, size = examination.source, examination.size
     indices = sorted({place * size // _GLANCE for place in range(_GLANCE)})
-    samples = [source.read(i, seed=(0, 0, i), resolution=8, train=False) for i in indices]
+    samples = [source.read(i, seed=(0, 0, i), resolution=8) for i in indices]
     readable = [sample for sample in samples if not sample.fault]
     if not readable:
         raise UserError(

@@ -49,7 +49,7 @@ def make_sheet(judge: Judge, source: Source, *, resolution: int) -> Sheet:
     """Images spread evenly over a source, those that can be read; the same ones each time."""
     size = source.size or _IMAGES
     indices = sorted({place * size // _IMAGES for place in range(_IMAGES)})
-    samples = [source.read(i, seed=(0, 0, i), resolution=resolution, train=False) for i in indices]
+    samples = [source.read(i, seed=(0, 0, i), resolution=resolution) for i in indices]
     samples = [sample for sample in samples if not sample.fault]
     batch = collate(samples, judge.tokenizer, resolution=resolution)
     look = judge.look(batch)

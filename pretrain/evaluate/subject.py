@@ -79,7 +79,7 @@ def _of_run(rundir: RunDir, step: int | None, ranks: Ranks) -> Subject:
         tokenizer=tokenizer,
         compares=compared_by(pretrainer.objectives),
         matcher=matcher_of(pretrainer.objectives),
-        resolution=last.stage.resolution,
+        resolution=last.resolution,
         step=found.step,
         run=run,
     )

@@ -9,9 +9,10 @@ from dataclasses import replace
 from datasets.sources import SourceConfig
 from datasets.views import Augment
 from objectives.itc import ITC
-from pretrain.config import Run, Stage
+from pretrain.config import Run
 from pretrain.optim import Optim
 from pretrain.recipes import laptop
+from pretrain.stage import Stage
 from pretrain.zoo.models import OpenClipConfig
 
 
@@ -22,12 +23,22 @@ def recipe() -> Run:
         sources={"data": SourceConfig(data="")},
         model=OpenClipConfig(name="ViT-B-32"),
         objectives={"itc": ITC.Config()},
-        augment=Augment(crop=0.9, flip=False),
-        stages={"one": Stage(steps=390_625, batch=32_768, resolution=224, optim=optim)},
+        stages={
+            "one": Stage(
+                steps=390_625,
+                batch=32_768,
+                resolution=224,
+                optim=optim,
+                augment=Augment(crop=0.9, flip=False),
+            )
+        },
     )
 
 
 def small() -> Run:
     """The same objective and view on the laptop's towers, built-in data and budget."""
-    published = recipe()
-    return replace(laptop.recipe(), objectives=published.objectives, augment=published.augment)
+    published, base = recipe(), laptop.recipe()
+    stages = {
+        name: replace(stage, augment=published.stages[name].augment) for name, stage in base.stages.items()
+    }
+    return replace(base, objectives=published.objectives, stages=stages)

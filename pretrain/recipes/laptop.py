@@ -2,8 +2,9 @@
 
 from objectives.itc import ITC
 from objectives.lm import LM
-from pretrain.config import Cadence, Eval, Run, Stage
+from pretrain.config import Cadence, Eval, Run
 from pretrain.optim import Optim
+from pretrain.stage import Stage
 from pretrain.zoo.models import DualConfig
 
 

@@ -145,10 +145,11 @@ def _newest(values: np.ndarray) -> float:
 
 
 def _restarts(run: RunData, took: Timing) -> str:
-    if len(run.starts) == 1:
+    restarts = len(run.starts) - len({each.stage for each in run.starts})
+    if not restarts:
         return "none"
     lost = count(sum(each.lost for each in run.starts))
-    return f"{len(run.starts) - 1}, {lost} steps done again, interrupted for {duration(took.interrupted)}"
+    return f"{restarts}, {lost} steps done again, interrupted for {duration(took.interrupted)}"
 
 
 def _goodput(took: Timing) -> Child:

@@ -113,8 +113,8 @@ def test_both_commands_ask_for_the_same_work(model, tmp_path):
     assert (theirs.batch_size, theirs.lr, theirs.warmup) == (stage.batch, optim.lr, optim.warmup)
     assert (theirs.beta1, theirs.beta2) == optim.betas
     assert (theirs.eps, theirs.wd, theirs.grad_clip_norm) == (optim.eps, optim.weight_decay, optim.clip)
-    assert theirs.aug_cfg == {"scale": (run.augment.crop, 1.0)}
-    assert not run.augment.flip
+    assert theirs.aug_cfg == {"scale": (stage.augment.crop, 1.0)}
+    assert not stage.augment.flip
     assert optim.kind == theirs.opt == "adamw"
     assert (theirs.workers, run.loader_threads, run.precision.threads) == (1, 1, 1)
     assert theirs.seed == run.seed == 3

@@ -33,19 +33,19 @@ class Numbered:
         self.error_at = error_at
         self.read_at = []
 
-    def read(self, index, *, seed, resolution, train, fields=EVERYTHING):
+    def read(self, index, *, seed, resolution, augment=None, fields=EVERYTHING):
         self.read_at.append(index)
         if index == self.error_at:
             raise OSError(f"disk gone at {index}")
         captions = tuple(f"picture number {index} {'again ' * i}" for i in range(1 + index % 3))
         phrases = tuple(Phrase(text=f"p{i}", box=(0, 0, 1, 1), caption=i) for i in range(len(captions)))
-        noise = int(draws(*seed)[0] * 100) if train else 0
+        noise = int(draws(*seed)[0] * 100) if augment else 0
         image = torch.full((3, resolution, resolution), (index + noise) % 256, dtype=torch.uint8)
         fault = Fault("corrupt", "every fifth") if index % 5 == 4 else None
         return Sample(key=f"n/{index}", image=image, captions=captions, phrases=phrases, fault=fault)
 
     def captions(self, index):
-        return self.read(index, seed=(0,), resolution=1, train=False).captions
+        return self.read(index, seed=(0,), resolution=1).captions
 
     def prefetch(self, index):
         raise AssertionError("nothing here is remote")
@@ -122,7 +122,7 @@ def test_epochs_are_whole_and_views_are_new():
 
 
 def test_one_caption_is_drawn_evenly_with_its_phrases():
-    sample = Numbered().read(2, seed=(0,), resolution=2, train=False)
+    sample = Numbered().read(2, seed=(0,), resolution=2)
     seen = Counter()
     for epoch in range(600):
         drawn = Holding()(sample, (0, epoch, 2))

@@ -26,7 +26,7 @@ class Stalled:
         self.go = Event()
         self.meter = Meter()
 
-    def read(self, index, *, seed, resolution, train, fields=()):
+    def read(self, index, *, seed, resolution, augment=None, fields=()):
         with self.meter.timed("read", f"sample {index}"):
             if index == 5 and not self.go.wait(60):
                 raise TimeoutError("never told to go on")

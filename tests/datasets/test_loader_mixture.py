@@ -50,10 +50,10 @@ class Drawn:
         self.name = self.fingerprint = name
         self.size = size
 
-    def read(self, index, *, seed, resolution, train, fields=EVERYTHING):
+    def read(self, index, *, seed, resolution, augment=None, fields=EVERYTHING):
         key = f"{self.name}/{index}"
         fault = Fault("corrupt", "every ninth") if index % 9 == 8 else None
-        view = torch.Generator().manual_seed(int(draws(*seed)[0] * 2**32) if train else 0)
+        view = torch.Generator().manual_seed(int(draws(*seed)[0] * 2**32) if augment else 0)
         image = torch.randint(0, 256, (3, resolution, resolution), generator=view, dtype=torch.uint8)
         captions = tuple(f"{self.name} {index} {n}" for n in range(index % 4 or 1))
         phrases = tuple(Phrase(text=f"dog {n}", box=(0, 0, 1, (n + 1) / 9)) for n in range(index % 3))
@@ -66,7 +66,7 @@ class Drawn:
         )
 
     def captions(self, index):
-        return self.read(index, seed=(0,), resolution=1, train=False).captions
+        return self.read(index, seed=(0,), resolution=1).captions
 
     def prefetch(self, index):
         raise AssertionError("nothing here is remote")

@@ -15,7 +15,6 @@ from datasets.loader import Feed, Loader
 from datasets.order import Shuffle
 from datasets.shards.tars import Tars
 from datasets.tokens import TrainedBPE
-from datasets.views import Augment
 
 SHARDS, SAMPLES, BATCH = 6, 16, 8
 PER_EPOCH = SHARDS * SAMPLES // BATCH
@@ -36,7 +35,7 @@ def source(tmp_path, pack, monkeypatch):
                 (f"{number:05d}.txt", f"number {number} of {shard}".encode()),
             ]
         pack(tmp_path / f"{shard:05d}.tar", members)
-    source = Tars(f"{tmp_path}/*.tar", augment=Augment())
+    source = Tars(f"{tmp_path}/*.tar")
     yield source
     source.close()
 

@@ -9,7 +9,6 @@ from datasets.health import Meter
 from datasets.holding import Holding
 from datasets.remote.fetch import Remote
 from datasets.sources import SourceConfig, open_mixture
-from datasets.views import Augment
 
 BOX = {"phrase": "a dog", "box_xyxy": [0.0, 0.0, 0.5, 1.0]}
 
@@ -30,7 +29,7 @@ def shard(tmp_path, pack):
 
 
 def opened(**sources):
-    return open_mixture(sources, seed=1, augment=Augment(), remote=Remote(), meter=Meter())
+    return open_mixture(sources, seed=1, remote=Remote(), meter=Meter())
 
 
 def test_a_mixture_is_opened_in_its_order(shard):
@@ -82,5 +81,5 @@ def test_numbers_are_named_by_a_file(shard, tmp_path):
     names.write_text("dog\ncat\na {}\n")
     config = SourceConfig(data=shard("x", {"class_id": 1}), holds="classes", classes=str(names))
     (feed,) = opened(kinds=config)
-    sample = feed.source.read(0, seed=(0,), resolution=1, train=False, fields=frozenset({"label"}))
+    sample = feed.source.read(0, seed=(0,), resolution=1, fields=frozenset({"label"}))
     assert feed.holding(sample, (0,)).captions == ("a cat",)

@@ -73,9 +73,25 @@ def test_a_source_feeds_what_it_names_or_all_that_it_can():
     fed = feeding(
         *mixture(
             pairs=("captions", ""), more=("captions", "itc"), books=("text", ""), kinds=("classes", "lm")
-        )
+        ),
+        "one",
     )
     assert fed == {"pairs": ("itc", "lm"), "more": ("itc",), "books": ("lm",), "kinds": ("lm",)}
+
+
+def test_a_stage_feeds_its_own_objectives_from_its_own_sources():
+    run, feeds = mixture(pairs=("captions", ""), more=("captions", "itc"), books=("text", ""))
+    one = run.stages["one"]
+    stages = {
+        "one": replace(one, sources={"pairs": 1.0, "books": 1.0}, objectives={"lm": 1.0}),
+        "two": replace(one, sources={"more": 1.0}, objectives={"itc": 0.5}),
+        "bad": replace(one, sources={"more": 1.0}, objectives={"lm": 1.0}),
+    }
+    run = replace(run, stages=stages)
+    assert feeding(run, feeds, "one") == {"pairs": ("lm",), "books": ("lm",)}
+    assert feeding(run, feeds, "two") == {"more": ("itc",)}
+    with pytest.raises(UserError, match="no source of stage 'bad' feeds objective 'lm'"):
+        feeding(run, feeds, "bad")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +111,7 @@ def test_a_source_feeds_what_it_names_or_all_that_it_can():
 )
 def test_what_cannot_be_fed_is_refused_in_one_sentence(sources, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
-        feeding(*mixture(**sources))
+        feeding(*mixture(**sources), "one")
     assert "\n" not in str(raised.value)
 
 

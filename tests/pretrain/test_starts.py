@@ -2,7 +2,7 @@ from pretrain.starts import read_starts, record_start
 
 
 def start(path, step, done):
-    return record_start(path, step=step, done=done, ranks=2, device="cpu")
+    return record_start(path, step=step, stage="one", done=done, ranks=2, device="cpu")
 
 
 def test_restarts_and_lost_steps_add_up(tmp_path):
@@ -20,11 +20,18 @@ def test_restarts_and_lost_steps_add_up(tmp_path):
     ]
 
 
+def test_the_first_start_of_a_stage_is_no_restart(tmp_path):
+    path = tmp_path / "starts.jsonl"
+    for stage, step in (("one", 0), ("one", 5), ("two", 10)):
+        starts = record_start(path, step=step, stage=stage, done=step, ranks=1, device="cpu")
+    assert starts.restarts == 1
+
+
 def test_what_was_allowed_to_change_is_on_record_and_older_lines_have_none(tmp_path):
     path = tmp_path / "starts.jsonl"
-    path.write_text('{"time": 17, "step": 0, "lost": 0, "ranks": 1, "device": "cpu"}\n')
+    path.write_text('{"time": 17, "step": 0, "stage": "one", "lost": 0, "ranks": 1, "device": "cpu"}\n')
     words = ("seed (0 there, 5 here)", "the source books, which is new")
-    record_start(path, step=6, done=6, ranks=1, device="cpu", changed=words)
+    record_start(path, step=6, stage="one", done=6, ranks=1, device="cpu", changed=words)
     assert [tuple(each.changed) for each in read_starts(path)] == [(), words]
 
 

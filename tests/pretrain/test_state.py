@@ -18,6 +18,7 @@ BEFORE = Standing(
     tokenizer="a" * 32,
     step=12,
     samples=10 * 8 + 2 * 16,
+    behind={"one": 10},
     accounts={"pairs": Account(100, -5), "books": Account(12, 5)},
     masked={"truncated": 3},
 )
@@ -71,6 +72,19 @@ def test_other_stages_are_refused_and_may_be_allowed_once():
     assert HERE.resumed(later, others) == later
     with pytest.raises(UserError, match="does not fit"):
         HERE.resumed(later, CURRICULUM)
+
+
+def test_a_stage_that_is_behind_keeps_its_steps_and_the_last_one_may_get_more():
+    even = {"one": Stage(steps=10, batch=8), "two": Stage(steps=10, batch=8)}
+    before = replace(BEFORE, step=12, samples=96)
+    moved = {"one": Stage(steps=11, batch=8), "two": Stage(steps=9, batch=8)}
+    assert HERE.resumed(before, Curriculum(even)) == before
+    with pytest.raises(UserError, match=r"through one \(10 steps\), and these stages say one \(11 steps\)"):
+        HERE.resumed(before, Curriculum(moved))
+    with pytest.raises(UserError, match=r"these stages say first \(10 steps\)"):
+        HERE.resumed(before, Curriculum({"first": even["one"], "two": even["two"]}))
+    done = replace(BEFORE, step=10, samples=80, behind={})
+    assert HERE.resumed(done, Curriculum({"one": Stage(steps=20, batch=8)})).step == 10
 
 
 def test_a_step_beyond_the_last_is_refused_whatever_is_allowed():

@@ -53,9 +53,9 @@ source = None
 if mode == "read":
     from datasets.shards.tars import Tars
     from datasets.views import Augment
-    source = Tars(str(warm / "*.tar"), augment=Augment())
+    source = Tars(str(warm / "*.tar"))
     for index in range(source.size):
-        source.read(index, seed=(1,), resolution=16, train=True)
+        source.read(index, seed=(1,), resolution=16, augment=Augment())
 
 sys.addaudithook(watch)
 watching = True
@@ -65,9 +65,9 @@ datasets.check.main([pattern])
 manifest = open_manifest(str(Path(folder) / "hostile" / "manifest.json"))
 rows = [row for shard in manifest for row in Table.open(Path(shard.sidecar))]
 if mode == "read":
-    source = Tars(str(Path(folder) / "hostile" / "manifest.json"), augment=Augment())
+    source = Tars(str(Path(folder) / "hostile" / "manifest.json"))
     for index in range(source.size):
-        source.read(index, seed=(1,), resolution=16, train=True)
+        source.read(index, seed=(1,), resolution=16, augment=Augment())
     source.close()
 if mode == "caught":
     import pickle, tarfile

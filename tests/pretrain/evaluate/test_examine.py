@@ -8,7 +8,6 @@ import torch
 from datasets.classes import Classes
 from datasets.errors import UserError
 from datasets.sources import open_source
-from datasets.views import Augment
 from pretrain.distributed import Ranks
 from pretrain.evaluate.caption import caption_metrics
 from pretrain.evaluate.examine import examine
@@ -35,7 +34,7 @@ def data(tmp_path_factory, write_shard):
     return {
         name: open_source(
             write_shard(folder / f"{name}.tar", 12, beside=beside, damaged=(3,) if name == "faulty" else ()),
-            seed=0, split="test", augment=Augment(),
+            seed=0, split="test",
         )
         for name, beside in kinds.items()
     }  # fmt: skip
@@ -129,13 +128,13 @@ def test_the_whole_set_is_glanced_at(tmp_path, write_shard, judge):
         return {"class": colour} if place < 20 else {"caption": f"number {place}"}
 
     shard = write_shard(tmp_path / "late.tar", 40, beside=beside)
-    source = open_source(shard, seed=0, split="test", augment=Augment())
+    source = open_source(shard, seed=0, split="test")
     assert {"zero_shot", "retrieval"} <= plan(judge, Examination(source=source, resolution=32)).measures
 
 
 def test_a_set_that_cannot_be_read_says_why(tmp_path, write_shard, judge):
     shard = write_shard(tmp_path / "odd.tar", 5, beside=lambda place, colour: {"class": 3})
-    source = open_source(shard, seed=0, split="test", augment=Augment())
+    source = open_source(shard, seed=0, split="test")
     with pytest.raises(
         UserError, match=r"not one of 5 samples of .*odd\.tar can be read .*class is not text"
     ):
@@ -159,7 +158,7 @@ def test_classes_of_other_data_are_refused_at_a_glance(data, judge):
 def test_huge_numbers_are_names_and_one_class_teaches_nothing(tmp_path, write_shard, judge):
     def opened(name, beside):
         shard = write_shard(tmp_path / name, 9, beside=beside)
-        return open_source(shard, seed=0, split="test", augment=Augment())
+        return open_source(shard, seed=0, split="test")
 
     huge = opened("huge.tar", lambda place, colour: {"class_id": 10**9 * (1 + place % 3)})
     assert measured(judge, huge, train=huge)["linear_probe"].chance == pytest.approx(1 / 3)

@@ -10,7 +10,6 @@ import torch
 
 from datasets.errors import UserError
 from datasets.sources import open_source
-from datasets.views import Augment
 from pretrain.distributed import Ranks
 from pretrain.evaluate.observe import observe
 from pretrain.testing import untrained_judge
@@ -19,7 +18,7 @@ ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
 
 
 def opened(spec):
-    return open_source(spec, seed=0, split="test", augment=Augment())
+    return open_source(spec, seed=0, split="test")
 
 
 def beside(place, colour):

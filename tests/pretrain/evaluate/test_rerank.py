@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from datasets.errors import UserError
 from datasets.source import Source
 from datasets.sources import open_source
-from datasets.views import Augment
 from objectives.base import Pairs
 from pretrain.distributed import Ranks
 from pretrain.evaluate import rerank
@@ -66,7 +65,7 @@ def shard(tmp_path_factory, write_shard):
 
 
 def opened(shard: str) -> Source:
-    return open_source(shard, seed=0, split="test", augment=Augment())
+    return open_source(shard, seed=0, split="test")
 
 
 def judge_of(*, rerank: int, kind: type[Judge] = Judge, batch: int = 6) -> Judge:
@@ -92,7 +91,7 @@ def run(judge: Judge, shard: str, ranks: Ranks = ALONE, limit: int | None = None
 def logit_of_all(judge: Judge, shard: str, seen: Observed) -> Tensor:
     """(B, N), each pair read alone."""
     source = opened(shard)
-    samples = [source.read(i, seed=(0, 0, i), resolution=32, train=False) for i in range(23)]
+    samples = [source.read(i, seed=(0, 0, i), resolution=32) for i in range(23)]
     by_key: dict[str, Any] = {sample.key: sample.image for sample in samples if not sample.fault}
     rows = []
     for key in seen.keys:

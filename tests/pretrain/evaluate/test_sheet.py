@@ -6,7 +6,6 @@ from PIL import Image
 
 from datasets.collate import collate
 from datasets.sources import open_source
-from datasets.views import Augment
 from pretrain.evaluate.sheet import make_sheet, save_sheet
 from pretrain.testing import untrained_judge
 
@@ -19,7 +18,7 @@ def source(tmp_path, write_shard):
         return {"captions": [HARD[place % 4] if place > 3 else f"a {colour} square", f"number {place}"]}
 
     shard = write_shard(tmp_path / "a.tar", 40, beside=beside, damaged=(0,))
-    return open_source(shard, seed=0, split="test", augment=Augment())
+    return open_source(shard, seed=0, split="test")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -50,7 +49,7 @@ def test_a_model_that_writes_nothing_chooses_the_nearest_caption(source):
     assert sheet.said_by == "nearest caption"
     pool = list(dict.fromkeys(c for index in range(40) for c in source.captions(index)))
     texts = judge.sentences(pool)
-    sample = source.read(20, seed=(), resolution=32, train=False)
+    sample = source.read(20, seed=(), resolution=32)
     (row,) = [row for row in sheet.rows if row.key == sample.key]
     features = judge.look(collate([sample], judge.tokenizer, resolution=32)).features
     assert row.said == pool[int((features @ texts.T).argmax())]

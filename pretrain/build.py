@@ -10,7 +10,6 @@ from time import monotonic
 from typing import get_args
 
 import torch
-from torch import nn
 
 from datasets.errors import UserError
 from datasets.holding import GIVES
@@ -293,32 +292,36 @@ def towers_of(objective: Objective) -> set[Tower]:
     return {wanted.run[0] for wanted in objective.passes}
 
 
+def read_by(model: Dual, objectives: Mapping[str, Objective]) -> set[Tower]:
+    """The towers that run for these objectives: those whose passes they read, and those that these read."""
+    runs = [wanted.run for objective in objectives.values() for wanted in objective.passes]
+    towers: set[Tower] = {tower for tower, _, _ in runs}
+    if any(image != "none" for _, image, _ in runs):
+        towers.add("image")
+    states = model.captioner is not None and model.captioner.reads_states
+    if "fusion" in towers or ("captioner" in towers and states):
+        towers.add("text")
+    return towers
+
+
+def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
+    """Leave out the parts that no objective reads: no memory, no optimizer step, no gradient to wait for."""
+    read = read_by(model, objectives)
+    model.captioner = model.captioner if "captioner" in read else None
+    model.fusion = model.fusion if "fusion" in read else None
+    model.text = model.text if "text" in read else None
+
+
 def freeze_unread(pretrainer: Pretrainer) -> None:
     """Freeze what no objective of this stage reads: no gradient to wait for, and no decay without one.
 
     Objectives of other stages keep their heads, so that a checkpoint holds the same in every stage.
     """
-    model, read = pretrainer.model, {name: pretrainer.objectives[name] for name in pretrainer.fed()}
-    towers = {tower for objective in read.values() for tower in towers_of(objective)}
-    states = "captioner" in towers and model.captioner is not None and model.captioner.reads_states
-    if "fusion" in towers or states:
-        towers.add("text")
-    unread: list[nn.Module | None] = [
-        *(getattr(model, tower) for tower in get_args(Tower) if tower not in towers),
-        *(objective for name, objective in pretrainer.objectives.items() if name not in read),
-    ]
-    for module in unread:
-        if module is not None:
-            module.requires_grad_(False)
-
-
-def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
-    """Leave out the parts that no objective reads: no memory, no optimizer step, no gradient to wait for."""
-    towers = {tower for objective in objectives.values() for tower in towers_of(objective)}
-    if "captioner" not in towers:
-        model.captioner = None
-    if "fusion" not in towers:
-        model.fusion = None
-    states = model.captioner is not None and model.captioner.reads_states
-    if "text" not in towers and model.fusion is None and not states:
-        model.text = None
+    fed = {name: pretrainer.objectives[name] for name in pretrainer.fed()}
+    read = read_by(pretrainer.model, fed)
+    for tower in get_args(Tower):
+        if tower not in read and getattr(pretrainer.model, tower) is not None:
+            getattr(pretrainer.model, tower).requires_grad_(False)
+    for name, objective in pretrainer.objectives.items():
+        if name not in fed:
+            objective.requires_grad_(False)

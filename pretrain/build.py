@@ -27,6 +27,7 @@ from pretrain.distributed import Ranks
 from pretrain.precision import choose_attention
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
+from pretrain.trainable import set_trainable
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
 from pretrain.zoo.vision import fitting
@@ -312,10 +313,14 @@ def drop_unread(model: Dual, objectives: Mapping[str, Objective]) -> None:
     model.text = model.text if "text" in read else None
 
 
-def freeze_unread(pretrainer: Pretrainer) -> None:
-    """Freeze what no objective of this stage reads: no gradient to wait for, and no decay without one.
+def train_only(pretrainer: Pretrainer, run: Run, stage: str) -> dict[str, float]:
+    """Freeze what no objective of a stage reads, and what the stage says; multipliers of the learning rate.
 
-    Objectives of other stages keep their heads, so that a checkpoint holds the same in every stage.
+    No gradient is waited for then, and nothing decays without one. Objectives of other stages keep their
+    heads, so that a checkpoint holds the same in every stage.
+
+    Raises:
+        UserError: a pattern of the stage matches nothing, or nothing is left to train.
     """
     fed = {name: pretrainer.objectives[name] for name in pretrainer.fed()}
     read = read_by(pretrainer.model, fed)
@@ -325,3 +330,4 @@ def freeze_unread(pretrainer: Pretrainer) -> None:
     for name, objective in pretrainer.objectives.items():
         if name not in fed:
             objective.requires_grad_(False)
+    return set_trainable(pretrainer, run.stages[stage].trainable, flag=f"--stages.{stage}.trainable")

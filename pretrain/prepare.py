@@ -13,7 +13,7 @@ import torch
 
 from pretrain import checkpoint, runfile
 from pretrain.bottleneck import Setting, cache_warnings
-from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, freeze_unread
+from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, train_only
 from pretrain.cli import Command
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
@@ -35,7 +35,6 @@ from pretrain.sinks import Fanout, Sink
 from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines, cut
 from pretrain.sinks.mirrored import Mirrored
-from pretrain.stage import Stage
 from pretrain.starts import record_start
 from pretrain.state import Standing, restore
 from pretrain.step import Setup
@@ -64,7 +63,7 @@ def build(
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
-    wrapped, optimizer = _to_train(run, run.stages[stage], pretrainer, ranks, compute)
+    wrapped, optimizer = _to_train(run, stage, pretrainer, ranks, compute)
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
         before = Standing.of(found.state())
@@ -106,17 +105,17 @@ def build(
 
 
 def _to_train(
-    run: Run, stage: Stage, pretrainer: Pretrainer, ranks: Ranks, compute: Compute
+    run: Run, stage: str, pretrainer: Pretrainer, ranks: Ranks, compute: Compute
 ) -> tuple[Wrapped, torch.optim.Optimizer]:
     """What the steps of a stage work with, in the order of `pretrain.parallel`."""
-    freeze_unread(pretrainer)
+    multipliers = train_only(pretrainer, run, stage)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
     if lanes is not None:
         ranks.on_zero(lambda: check_ranks(lanes, ranks.world))
     if run.precision.parameters == "bf16":
         keep_in_bf16(pretrainer)
     wrapped = wrap(pretrainer, ranks, run.spread, bf16=compute.bf16, lanes=lanes)
-    return wrapped, build_optimizer(pretrainer, stage.optim)
+    return wrapped, build_optimizer(pretrainer, run.stages[stage].optim, multipliers)
 
 
 def _resume(

@@ -10,6 +10,7 @@ from datasets.views import Augment
 from datasets.weights import Weight, check_weight
 from pretrain.bystep import ByStep, check_by_step, held_at, points_of
 from pretrain.optim import Optim
+from pretrain.trainable import check_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Stage:
         for key, weights in {"sources": self.sources, "objectives": self.objectives}.items():
             for one, weight in weights.items():
                 check_weight(weight, f"{flag}.{key}.{one}")
+        check_trainable(self.trainable, f"{flag}.trainable")
         if not 0 <= self.ema < 1:
             raise UserError(f"{flag}.ema is {self.ema}; a decay lies in 0..1, below 1")
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from datasets.errors import UserError
+from pretrain.fencing import check
 from pretrain.pieces import (
     Entry,
     Piece,
@@ -120,6 +121,7 @@ def begin(folder: Path, step: int) -> Path | None:
         UserError: it cannot be made.
     """
     target = folder / _name(step)
+    check(folder)
     with _told(folder, step):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(folder)
@@ -186,6 +188,7 @@ def commit(beside: Path, files: Mapping[str, Entry]) -> Path:
         manifest = {"format": FORMAT, "step": step, "files": dict(files)}
         write(beside / "manifest.json", iter([json.dumps(manifest, indent=1).encode()]))
         _sync(beside)
+        check(target)
         beside.replace(target)
         _sync(target.parent)
     return target
@@ -269,6 +272,7 @@ def prune(folder: Path, *, keep: int, keep_every: int = 0) -> None:
         keep_every: those of steps that are multiples of it stay too; 0 for none.
     """
     assert keep >= 2, "with one checkpoint, damage to it would lose the run"
+    check(folder)
     steps = _newest_first(folder)
     stay = {step for step, _ in steps if keep_every and step % keep_every == 0}
     if all(step in stay for step, _ in steps[keep:]):

@@ -31,6 +31,10 @@ class SaidByRankZeroError(UserError):
     """A mistake that rank zero reports; the others only leave."""
 
 
+class RankZeroFailedError(RuntimeError):
+    """A crash that rank zero reports; the others only leave."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
     """This process among all that train together."""
@@ -79,22 +83,27 @@ class Ranks:
         """Do something on rank zero, and tell every rank what came of it.
 
         Raises:
-            UserError: what `work` raised, on rank zero.
-            SaidByRankZeroError: the same, on the others.
+            Exception: what `work` raised, on rank zero.
+            SaidByRankZeroError: on the others, where that was a UserError.
+            RankZeroFailedError: on the others, where it was anything else.
         """
         if self.group is None:
             return work()
         answer: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.zero:
             try:
                 answer = [work(), None]
             except UserError as error:
-                answer = [None, str(error)]
+                failure, answer = error, [None, SaidByRankZeroError(str(error))]
+            except Exception as error:
+                failure, answer = error, [None, RankZeroFailedError(f"{type(error).__name__}: {error}")]
         dist.broadcast_object_list(answer, src=0, group=self.group)
-        result, failure = answer
         if failure is not None:
-            raise UserError(failure) if self.zero else SaidByRankZeroError(failure)
-        return result
+            raise failure
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
 def shard_mesh(ranks: Ranks, *, by_node: bool) -> DeviceMesh:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
-from pretrain import preempt
+from pretrain import fencing, preempt
 from pretrain.preempt import Preemption
 
 PREEMPTION = Preemption()
@@ -29,7 +29,7 @@ from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data, open_data
-from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
+from pretrain.distributed import RankZeroFailedError, Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.explain import explain
 from pretrain.finish import already, show, unfinished
@@ -74,6 +74,9 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
         return USER_ERROR
     except UserError as error:
         return _mistake(str(error))
+    except (fencing.FencedError, RankZeroFailedError) as error:
+        sys.stderr.write(f"rank {place_here().rank}: {error}\n")
+        return CRASH
     except OSError as error:
         if error.errno not in _STORAGE:
             _crash(error)
@@ -106,7 +109,9 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
                 sys.stdout.write(f"{line}\n" if ranks.zero else "")
             return DONE
         rundir = RunDir(command.out)
-        changed = ranks.on_zero(lambda: claim(command, stack))
+        changed, token = ranks.on_zero(lambda: claim(command, stack))
+        fencing.hold(command.out, token)
+        stack.callback(fencing.leave, command.out, token)
         stages = ranks.on_zero(lambda: unfinished(rundir, curriculum, stage=command.stage))
         if not stages and ranks.zero:
             say(already(command))

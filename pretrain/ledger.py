@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from pretrain.fencing import Records
+
 _LINE = re.compile(rb"(\d+) \d+ [0-9a-f]{16} [0-9a-f]{16} [0-9a-f]{16}")
 
 
@@ -34,7 +36,7 @@ class Ledger:
             elastic: whether the bits are promised on any number of them.
         """
         self._ranks, self._elastic = ranks, elastic
-        self._file = path.open("a+b", buffering=0)
+        self._file = Records(path)
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1

@@ -48,6 +48,31 @@ class Job:
     """Processes that were asked for."""
 
 
+ATTEMPT = "MEDLEY_ATTEMPT"
+"""The environment variable in which the supervisor numbers its starts: JOB.RESTART.NUMBER."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One start among those of a job, or of a supervisor on a laptop. The later one has greater numbers."""
+
+    job: str
+    restart: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.job}.{self.restart}.{self.number}"
+
+
+def attempt_here(environment: Mapping[str, str] = os.environ) -> Attempt | None:
+    """The start that this process belongs to; None where nobody numbers them."""
+    if said := environment.get(ATTEMPT):
+        job, restart, number = said.rsplit(".", 2)
+        return Attempt(job=job, restart=int(restart), number=int(number))
+    job = job_here(environment)
+    return None if job is None else Attempt(job=job.id, restart=job.restart, number=0)
+
+
 def job_here(environment: Mapping[str, str] = os.environ) -> Job | None:
     """The Slurm job that this process runs in, or None."""
     number = environment.get("SLURM_JOB_ID")

@@ -172,8 +172,12 @@ def say(sentence: str) -> None:
     sys.stdout.flush()
 
 
-def claim(command: Command, stack: ExitStack) -> list[str]:
-    """Make the run directory ours, until the stack is left; in which settings it was another run's."""
+def claim(command: Command, stack: ExitStack) -> tuple[list[str], str]:
+    """Make the run directory ours, until the stack is left.
+
+    Returns:
+        In which settings it was another run's, and the token of this start.
+    """
     run = command.run
     opened = open_run(
         command.out,
@@ -183,7 +187,8 @@ def claim(command: Command, stack: ExitStack) -> list[str]:
         changeable=runfile.CHANGEABLE,
         allow_changed=command.allow_changed,
     )
-    return list(stack.enter_context(opened).changed)
+    stack.enter_context(opened)
+    return list(opened.changed), opened.token
 
 
 def _record(command: Command, data: Data, rundir: RunDir, *, other_data: bool) -> None:

@@ -21,8 +21,8 @@ from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from datasets.atomic import replace
 from datasets.errors import KINDS, UserError
+from pretrain.fencing import Records, replace
 
 if TYPE_CHECKING:
     from datasets.sample import Fault
@@ -112,7 +112,7 @@ class Quarantine:
         self._shards: dict[tuple[str, str], _Shard] = {}
         self._met: set[tuple[str, str]] = set()  # shards of which this process met a bad sample
         self._examples: dict[str, list[dict[str, Any]]] = {}
-        self._file = path.open("a+b", buffering=0)
+        self._file = Records(path)
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1

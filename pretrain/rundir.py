@@ -11,8 +11,6 @@ RUN_DIR/
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -22,8 +20,8 @@ from typing import Any, Self, TextIO
 
 import yaml
 
-from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain import fencing
 
 _IDENTITY = re.compile(r"# identity: (\S+)")
 
@@ -34,6 +32,8 @@ class RunDir:
 
     root: Path
     lock: TextIO | None = None
+    token: str = ""
+    """Of the start that holds the lock."""
     changed: tuple[str, ...] = ()
     """In which settings it was another run's, where that was allowed."""
 
@@ -121,6 +121,7 @@ class RunDir:
     def close(self) -> None:
         """Give the lock back."""
         if self.lock is not None:
+            fencing.leave(self.root, self.token)
             self.lock.close()
 
 
@@ -150,7 +151,7 @@ def open_run(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        run = RunDir(out, _locked(out))
+        run = RunDir(out, *fencing.take(out))
         try:
             before, changed = _belongs(run, run_yaml, identity, budgets, changeable, allow_changed)
             if before is None:
@@ -168,25 +169,7 @@ def open_run(
 
 def record(run: RunDir, run_yaml: str, *, identity: str) -> None:
     """Write run.yaml: on first use, and again when new budgets have been accepted."""
-    replace(run.run_yaml, f"# identity: {identity}\n{run_yaml}".encode())
-
-
-def _locked(out: Path) -> TextIO:
-    # The kernel drops the lock with the process, also on kill -9; the file itself stays and means nothing.
-    lock = (out / "lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(
-            f"the run directory {out} is in use by {holder}: wait for it, stop it, or choose another --out"
-        ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    lock.flush()
-    return lock
+    fencing.replace(run.run_yaml, f"# identity: {identity}\n{run_yaml}".encode())
 
 
 def _belongs(

@@ -26,6 +26,7 @@ from datasets.errors import UserError
 from pretrain import checkpoint
 from pretrain.curriculum import Stretch
 from pretrain.faults import Fault
+from pretrain.fencing import Records
 from pretrain.pretrainer import Pretrainer
 from pretrain.reports import report
 from pretrain.state import capture
@@ -115,9 +116,8 @@ def _write(training: Training, fault: Fault, suspects: Sequence[Suspect]) -> Non
         "samples": len(suspects),
         "named": [one._asdict() for one in suspects[:_WRITTEN]],
     }
-    with training.rundir.faults.open("ab") as file:
+    with Records(training.rundir.faults) as file:
         file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
         os.fsync(file.fileno())
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pretrain.fencing import Records
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
@@ -60,7 +62,7 @@ def record_start(
         device=device,
         changed=tuple(changed),
     )
-    with path.open("a+b", buffering=0) as file:
+    with Records(path) as file:
         file.seek(0)
         # A line torn by a crash is closed first, so that it costs no more than itself.
         torn = not file.read().endswith(b"\n") and file.tell() > 0

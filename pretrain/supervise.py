@@ -20,17 +20,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from datasets.errors import UserError
-from pretrain import verdict
+from pretrain import fencing, verdict
 from pretrain.attempts import Event, Kind, note
-from pretrain.place import Job, job_here
+from pretrain.place import ATTEMPT, Attempt, Job, attempt_here, job_here
 from pretrain.requeue import requeue, start_soon
 
-DONE, USER_ERROR, INTERRUPTED = 0, 2, 75
+DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 BARREN = 3
 """Starts in a row that may end in a crash without a new checkpoint."""
 BOUND = "MEDLEY_REQUEUE_SECONDS"
@@ -63,6 +64,8 @@ class Signals:
     def to(self, pass_on: Callable[[int], None] | None) -> None:
         """Who is told from now on."""
         self._to = pass_on
+        if pass_on is not None and self.stop is not None:
+            pass_on(signal.Signals[self.stop])
 
     def _meet(self, number: int, frame: FrameType | None) -> None:
         self.stop = self.stop or signal.Signals(number).name
@@ -79,15 +82,16 @@ class Supervisor:
         self._command, self._out = list(command), out
         self._job: Job | None = job_here()
         self._signals = Signals()
-        name = f"{self._job.id}.{self._job.restart}" if self._job else secrets.token_hex(4)
-        self._name = name
-        self._number = 0
+        # One that runs inside another's command numbers its own starts.
+        os.environ.pop(ATTEMPT, None)
+        self._attempt = attempt_here() or Attempt(job=secrets.token_hex(4), restart=0, number=0)
 
     def run(self) -> int:
         """Start it until there is nothing more to do; the exit code."""
         barren = 0
         while True:
-            self._number += 1
+            self._attempt = replace(self._attempt, number=self._attempt.number + 1)
+            os.environ[ATTEMPT] = str(self._attempt)
             before = newest_step(self._out)
             self._note("start")
             code, reason = self._start()
@@ -95,7 +99,7 @@ class Supervisor:
             self._note("end", code=code, reason=reason)
             chosen = self._next(code, barren)
             if chosen == "leave":
-                return code
+                return INTERRUPTED if code in _ENDED_BY else code
             if chosen == "requeue":
                 return self._requeue()
             if chosen == "give up":
@@ -121,7 +125,7 @@ class Supervisor:
 
     def _start(self) -> tuple[int, str]:
         """Run the command to its end; its exit code, and why in words if anybody said so."""
-        said = self._out.absolute() / f"verdict-{self._name}.{self._number}.json"
+        said = self._out.absolute() / f"verdict-{self._attempt}.json"
         said.unlink(missing_ok=True)
         environment = {**os.environ, verdict.VARIABLE: str(said)}
         try:
@@ -163,12 +167,17 @@ class Supervisor:
         return INTERRUPTED
 
     def _note(self, kind: Kind, *, code: int | None = None, reason: str = "") -> None:
+        if fencing.is_taken_over(self._out):
+            raise fencing.FencedError(
+                f"{self._out} was taken over by a later start of job {self._attempt.job}: nothing is done "
+                f"here (if there is none, remove {self._out / 'lock'})"
+            )
         job = self._job
         note(
             self._out,
             Event(
                 event=kind,
-                attempt=f"{self._name}.{self._number}",
+                attempt=str(self._attempt),
                 job=job.id if job else "",
                 restart=job.restart if job else 0,
                 step=newest_step(self._out),
@@ -213,6 +222,9 @@ def main(arguments: Sequence[str]) -> int:
         return Supervisor(command, out).run()
     except OSError as error:
         sys.stderr.write(f"error: {error.strerror}: {error.filename}: choose another --out\n")
+    except fencing.FencedError as error:
+        say(str(error))
+        return CRASH
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
     return USER_ERROR

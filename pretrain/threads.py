@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain.fencing import replace
 
 _TRIES = 3
 _WORTH = 0.85

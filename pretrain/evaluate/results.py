@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain.fencing import replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

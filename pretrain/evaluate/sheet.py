@@ -12,10 +12,10 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
-from datasets.atomic import replace
 from datasets.collate import collate
 from datasets.source import Source
 from pretrain.evaluate.judge import Judge
+from pretrain.fencing import replace
 
 _IMAGES = 16
 _COLUMNS = 4

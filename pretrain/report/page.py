@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain.fencing import replace
 from pretrain.report import scores
 from pretrain.report.collect import Row, RunData, Sheet, collect
 from pretrain.report.curves import SECTIONS, panels

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets.atomic import replace
+from pretrain.fencing import Records, replace
 
 
 class JsonLines:
@@ -29,7 +29,7 @@ class JsonLines:
             after: the step the run goes on from. Later records are superseded: they are cut off.
         """
         cut(path, after=after)
-        self._file = path.open("ab", buffering=0)
+        self._file = Records(path)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Append a report, and bring it to the disk itself: a checkpoint never outlives its records."""

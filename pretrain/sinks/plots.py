@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pretrain.fencing import check
 from pretrain.sinks.jsonl import read
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def draw(metrics: Path, folder: Path) -> list[Path]:
             and len(points[0]) > 1
         },
     }
+    check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [_figure(folder / f"{name}.png", panels) for name, panels in figures.items() if panels]
 

@@ -29,7 +29,7 @@ from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data, open_data
-from pretrain.distributed import RankZeroFailedError, Ranks, SaidByRankZeroError, join_ranks
+from pretrain.distributed import Ranks, RankZeroFailedError, SaidByRankZeroError, join_ranks
 from pretrain.evaluate import during
 from pretrain.explain import explain
 from pretrain.finish import already, show, unfinished

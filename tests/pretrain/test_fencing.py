@@ -95,7 +95,9 @@ def test_what_was_left_is_taken_by_anybody(tmp_path, as_start):
 WRITERS = {
     "a step in the ledger": lambda out: Ledger(out / "ledger").record(1, ["a"], loss=1.0, norm=1.0),
     "metrics": lambda out: JsonLines(out / "metrics.jsonl").step(1, {"loss": 1.0}),
-    "a start": lambda out: record_start(out / "starts.jsonl", step=0, done=0, ranks=1, device="cpu"),
+    "a start": lambda out: record_start(
+        out / "starts.jsonl", step=0, stage="one", done=0, ranks=1, device="cpu"
+    ),
     "a small file": lambda out: fencing.replace(out / "run.yaml", b"x"),
     "a checkpoint": lambda out: checkpoint.save(out / "checkpoints", 1, {"model": {}}, {}),
 }

@@ -150,12 +150,9 @@ class Scenes:
         scene, random = self._draw(index)
         image = None
         if "image" in fields:
-            pixels = draw(
-                scene.things,
-                resolution=resolution,
-                numbers=random.random(NUMBERS, dtype=np.float32),
-                grain=random.bit_generator.random_raw(-(-resolution * resolution // 8)).view(np.uint8),
-            )
+            numbers, size = random.random(NUMBERS, dtype=np.float32), resolution * resolution
+            grain = random.bit_generator.random_raw(-(-size // 8)).view(np.uint8)[:size]
+            pixels = draw(scene.things, resolution=resolution, numbers=numbers, grain=grain)
             image = torch.from_numpy(pixels)  # pyright: ignore[reportUnknownMemberType]
         return Sample(
             key=f"{self.name}/{self._key}/{index}",

@@ -77,8 +77,8 @@ class Curriculum:
         """
         if name not in self.stages:
             near = get_close_matches(name, self.stages, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"this run has no stage {name!r}; {hint}It has {', '.join(self.stages)}")
+            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(self.stages)}"
+            raise UserError(f"this run has no stage {name!r}{hint}")
         return [each for each in self.stretches if each.name == name]
 
     def ends(self) -> dict[str, int]:

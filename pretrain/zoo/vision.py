@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from datasets.errors import UserError
@@ -106,7 +107,7 @@ class TimmTower(PixelTower):
 
 
 class OpenClipTower(PixelTower):
-    """open_clip's own VisionTransformer, at the resolution it was built for."""
+    """open_clip's own VisionTransformer, whose position embeddings are those of the size it was built for."""
 
     def __init__(self, visual: VisionTransformer, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(mean=mean, std=std)
@@ -115,7 +116,16 @@ class OpenClipTower(PixelTower):
 
     def encode(self, pixels: Tensor) -> Encoded:
         """Encode normalised pixels; the tokens are those that open_clip's `output_tokens` gives."""
-        return Encoded(*self.visual(pixels))
+        height, width = cast(tuple[int, int], self.visual.patch_size)
+        if pixels.shape[2] % height or pixels.shape[3] % width:
+            raise RuntimeError(f"patches of {height} px do not divide it")  # a convolution would cut the rest
+        grid = [pixels.shape[2] // height, pixels.shape[3] // width]
+        if grid == list(self.visual.grid_size):
+            return Encoded(*self.visual(pixels))
+        # As timm's own towers do it. The parameter stays as it is, and with it what the optimizer knows.
+        name, positions = "positional_embedding", self.visual.positional_embedding[None]
+        resampled = resample_abs_pos_embed(positions, grid, list(self.visual.grid_size))
+        return Encoded(*torch.func.functional_call(self.visual, {name: resampled[0]}, (pixels,)))
 
 
 def wrap_visual(visual: nn.Module, *, name: str, mean: Sequence[float], std: Sequence[float]) -> PixelTower:
@@ -138,8 +148,8 @@ def build_image_tower(spec: str, *, embed: int, resolution: int) -> PixelTower:
     Args:
         spec: `small`, `timm:NAME` or `open_clip:NAME`.
         embed: D, width of the pooled embedding.
-        resolution: side of the square images in pixels. Transformers of timm that resample their
-            position embeddings in the forward, and convolutional nets, read other sizes later.
+        resolution: side of the square images in pixels, and the grid of the position embeddings. Later
+            ones may be of other sizes: transformers resample those in the forward, bicubic and antialiased.
 
     Raises:
         UserError: an unknown spec or name, a tower with BatchNorm, or one that cannot read the resolution.
@@ -244,11 +254,23 @@ def _from_open_clip(name: str, *, embed: int, resolution: int) -> PixelTower:
 
 
 def fit_trunk(visual: nn.Module, *, resolution: int) -> None:
-    """Resample the position embeddings of a timm trunk, to which open_clip does not pass a resolution."""
-    from open_clip.timm_model import TimmModel
+    """Resample the position embeddings of a timm trunk, to which open_clip does not pass a resolution.
 
-    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "set_input_size"):
+    Where its kind allows it, it reads other sizes later, as `dynamic_img_size` makes timm's constructors do.
+    """
+    from open_clip.timm_model import TimmModel
+    from timm.layers.format import Format
+
+    if not isinstance(visual, TimmModel):
+        return
+    trunk = cast(Any, visual.trunk)
+    if hasattr(trunk, "set_input_size"):
         visual.set_input_size(resolution)
+    fixed = getattr(trunk, "dynamic_img_size", None) is False
+    if fixed and resolution % trunk.patch_embed.patch_size[0] == 0:
+        trunk.dynamic_img_size = True
+        trunk.patch_embed.strict_img_size = trunk.patch_embed.flatten = False
+        trunk.patch_embed.output_fmt = Format.NHWC
 
 
 def _refuse_batch_norm(model: nn.Module, name: str) -> None:

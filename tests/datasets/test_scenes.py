@@ -234,3 +234,9 @@ def test_paint_covers_what_lies_below():
     below = Thing(colour=0, shape=0, size=2, x=0.5, y=0.5, radius=0.2, angle=0, tint=(0, 0, 0))
     image, _ = background((below, below._replace(colour=5)))
     assert np.array_equal(image[:, 128, 128], (255 * np.array(COLOURS["blue"], np.float32)).astype(np.uint8))
+
+
+def test_a_side_that_is_no_multiple_of_anything():
+    image = read(Scenes(seed=3), 5, resolution=37).image
+    assert image is not None
+    assert image.shape == (3, 37, 37)

@@ -107,3 +107,40 @@ def test_what_cannot_be_built_is_said_in_a_sentence(spec, says):
     with pytest.raises(UserError, match=says) as raised:
         build_image_tower(spec, embed=24, resolution=64)
     assert "\n" not in str(raised.value)
+
+
+def test_open_clip_towers_resample_positions_as_timm_does():
+    """What a tower of this size would give whose positions are timm's resampling; bicubic and antialiased."""
+    tower: Any = build_image_tower("open_clip:ViT-B-32", embed=24, resolution=128).double()
+    larger: Any = build_image_tower("open_clip:ViT-B-32", embed=24, resolution=224).double()
+    state = tower.state_dict()
+    key = "visual.positional_embedding"
+    places = state[key][1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2).float()
+    sampled = torch.nn.functional.interpolate(places, size=(7, 7), mode="bicubic", antialias=True)
+    state[key] = torch.cat([state[key][:1], sampled[0].flatten(1).T.double()])
+    larger.load_state_dict(state)
+    images = pictures(side=224)
+    torch.testing.assert_close(tower(images).pooled, larger(images).pooled, rtol=1e-12, atol=1e-12)
+    timms: Any = build_image_tower("timm:vit_base_patch32_224", embed=24, resolution=128)
+    with torch.no_grad():
+        timms.trunk.pos_embed.copy_(tower.visual.positional_embedding[None])
+    theirs = timms.trunk._pos_embed(torch.zeros(1, 7, 7, 768))[0, 1:]
+    torch.testing.assert_close(theirs.double(), state[key][1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["open_clip:ViT-B-32", "open_clip:ViT-B-16-SigLIP"])
+def test_towers_of_open_clip_go_on_with_their_parameters_at_another_size(spec):
+    tower: Any = build_image_tower(spec, embed=24, resolution=64)
+    parameters = dict(tower.named_parameters())
+    optimizer = torch.optim.AdamW(tower.parameters())
+    sizes: list[int] = []
+    for side in (64, 128, 64):
+        encoded = tower(pictures(side=side))
+        sizes.append(encoded.tokens.shape[1])
+        encoded.pooled.square().sum().backward()
+        optimizer.step()
+    assert sizes[0] == sizes[2]
+    assert sizes[1] == 4 * sizes[0]
+    assert all(parameter is parameters[name] for name, parameter in tower.named_parameters())
+    places = next(each for name, each in parameters.items() if "pos" in name)
+    assert int(optimizer.state[places]["step"]) == 3

@@ -40,6 +40,7 @@ class Job:
     """The Slurm job that this process belongs to."""
 
     id: str
+    """123, or 123_4 in an array: there, a number alone may mean the whole array."""
     restart: int
     """How often it was requeued."""
     step: int | None
@@ -79,8 +80,9 @@ def job_here(environment: Mapping[str, str] = os.environ) -> Job | None:
     if not number:
         return None
     step = environment.get("SLURM_STEP_ID", "")
+    array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return Job(
-        id=number,
+        id=f"{array}_{element}" if array and element else number,
         restart=int(environment.get("SLURM_RESTART_COUNT") or 0),
         step=int(step) if step.isdecimal() and int(step) < _NO_STEP else None,
         tasks=int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -62,7 +63,6 @@ def to_slurm(request: Request, found: Sequence[Trial], top: Path, code: Snapshot
         stderr_to_stdout=True,
         slurm_signal_delay_s=_WARNING,
         slurm_use_srun=False,
-        slurm_wckey=None,  # submitit's own, which a cluster that asks for one would refuse
         slurm_setup=[
             "trap '' TERM USR2",  # until the supervisor, which this shell becomes, has a handler
             f"source {copy}/slurm/env.sh",
@@ -88,9 +88,15 @@ def to_background(request: Request, found: Sequence[Trial], top: Path, code: Sna
         tasks_per_node=1,
         stderr_to_stdout=True,
     )
-    limit = ("timeout", "--preserve-status", f"--kill-after={_WARNING}", f"{request.minutes}m")
-    commands = (_command(launcher, trial) for trial in found)
-    return _handed(executor, [Job(tuple((*(limit if request.time else ()), *each) for each in commands))])[0]
+    limit: tuple[str, ...] = ()
+    if request.time is not None:
+        limit = ("timeout", "--preserve-status", f"--kill-after={_WARNING}", f"{request.minutes}m")
+    commands = tuple((*limit, *_command(launcher, trial)) for trial in found)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited: it outlives the terminal, too
+    try:
+        return _handed(executor, [Job(commands)])[0]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _command(launcher: Sequence[str], trial: Trial) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import yaml
 from datasets.errors import UserError
 from pretrain.attempts import Event, read_attempts
 from pretrain.rundir import RunDir
-from pretrain.starts import Start, read_starts
+from pretrain.starts import Start, Starts, read_starts, sum_up
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LAST = 8
@@ -69,14 +69,9 @@ class Progress:
         return bool(self.stages) and len(self.finished) == len(self.stages)
 
     @property
-    def restarts(self) -> int:
-        """Starts after the first."""
-        return max(0, len(self.starts) - 1)
-
-    @property
-    def lost(self) -> int:
-        """Steps that were done twice, over all starts."""
-        return sum(start.lost for start in self.starts)
+    def cost(self) -> Starts:
+        """What interruptions have cost."""
+        return sum_up(self.starts)
 
     @property
     def error(self) -> Event | None:

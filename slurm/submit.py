@@ -91,7 +91,7 @@ def submit(request: Request, phases: Sequence[tuple[Request, list[Trial]]]) -> N
 def _phases(request: Request, found: list[Trial]) -> list[tuple[Request, list[Trial]]]:
     """The stages that are jobs of their own, in order."""
     then = request.stages()
-    if then and any(getattr(trial.command, "stage", None) is None for trial in found):
+    if then and any(trial.command.stage is None for trial in found):
         raise UserError(f"--then {then[0][0]} follows a stage: name the first one after --, as --stage NAME")
     return [(request, found), *((asked, [of_stage(trial, name) for trial in found]) for name, asked in then)]
 
@@ -118,7 +118,7 @@ def _tell(request: Request, chosen: Sequence[Trial], handed: Sequence[Handed], c
             executor=request.executor,
             job=job.job_id,
             log=log,
-            stage=getattr(trial.command, "stage", "") or "",
+            stage=trial.command.stage or "",
             nodes=request.nodes,
             tasks=request.tasks,
             code=str(code.folder),
@@ -133,14 +133,14 @@ def _tell(request: Request, chosen: Sequence[Trial], handed: Sequence[Handed], c
 
 
 def _size(request: Request, chosen: Sequence[Trial]) -> str:
-    stage = getattr(chosen[0].command, "stage", "")
+    stage = chosen[0].command.stage
     kind = "GPUs" if request.gpus else "processes"
     return ", ".join(
         [
             *([f"{len(chosen)} runs"] if len(chosen) > 1 else []),
             *([f"stage {stage}"] if stage else []),
             f"{request.nodes} nodes of {request.tasks} {kind}",
-            f"segments of {request.minutes // 60}:{request.minutes % 60:02} hours",
+            f"segments of {request.minutes // 60} h {request.minutes % 60:02} min",
         ]
     )
 

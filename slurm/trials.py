@@ -66,6 +66,10 @@ def trials(arguments: Sequence[str], sweep: Sequence[str]) -> list[Trial]:
     """
     # A path ends up in the job as it was meant here, where whoever submits stands.
     base = parse(arguments)
+    if base.explain:
+        raise UserError(
+            "--explain prints what a run would do: call it here, python -m pretrain.launch --explain"
+        )
     top = base.out.absolute()
     if not sweep:
         return [Trial(settings=(), arguments=tuple(arguments), command=replace(base, out=top))]
@@ -97,6 +101,11 @@ def of_stage(trial: Trial, stage: str) -> Trial:
     if stage not in trial.command.run.stages:
         known = ", ".join(trial.command.run.stages)
         raise UserError(f"--then {stage}: this run has no stage of that name; it has {known}")
+    names, before = list(trial.command.run.stages), trial.command.stage
+    if before is not None and names.index(stage) <= names.index(before):
+        raise UserError(
+            f"--then {stage}: it does not follow stage {before}; their order is {', '.join(names)}"
+        )
     command = replace(trial.command, stage=stage)
     return replace(trial, arguments=(*trial.arguments, "--stage", stage), command=command)
 

@@ -55,6 +55,13 @@ def test_a_job_and_how_often_it_was_requeued():
     assert (job.id, job.restart, job.step, job.tasks) == ("7", 2, 0, 7)
 
 
+def test_an_element_of_an_array_is_called_so():
+    """The number of its last element is also that of the array: `scontrol requeue 7` would mean all of it."""
+    job = job_here({**STEP, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"})
+    assert job is not None
+    assert job.id == "7_3"
+
+
 def test_tasks_per_node():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("16") == [16]

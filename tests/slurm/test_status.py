@@ -29,7 +29,8 @@ class Directory:
             file.write(json.dumps(record) + "\n")
 
     def start(self, step=0, lost=0, ago=3600.0):
-        self.append("starts.jsonl", time=NOW - ago, step=step, lost=lost, ranks=8, device="cuda", changed=[])
+        given = {"stage": "one", "lost": lost, "ranks": 8, "device": "cuda", "changed": []}
+        self.append("starts.jsonl", time=NOW - ago, step=step, **given)
 
     def report(self, step, ago=60.0, **more):
         self.append("metrics.jsonl", step=step, time=NOW - ago, samples=step * 8, **more)

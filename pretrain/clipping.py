@@ -37,6 +37,8 @@ def gradient_norms(pretrainer: Pretrainer) -> Norms:
         for tower, square in zip(shards, _squares_of_shards(shards, pretrainer), strict=True):
             both = square if tower not in norms else norms[tower].double().square() + square
             norms[tower] = both.sqrt().to(torch.promote_types(shards[tower][0].dtype, torch.float32))
+    if not norms:  # sources that feed only what is frozen
+        return Norms(torch.zeros((), device=device), norms)
     return Norms(torch.linalg.vector_norm(torch.stack(list(norms.values()))), norms)
 
 

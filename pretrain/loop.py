@@ -157,6 +157,7 @@ def _one_step(
             largest_norm=stage.optim.clip,
             key=(run.seed, step),
             unfit=agreed.sums["unfit"] > 0,
+            ema=training.ema,
         )
     training.pending.append((step + 1, _sample_ids(batches, ranks), done))
     return done.fault

@@ -20,6 +20,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.data import Data
 from pretrain.distributed import Ranks
 from pretrain.elastic import check_ranks
+from pretrain.ema import Ema
 from pretrain.explain import remarks, summary
 from pretrain.flops import StepFlops
 from pretrain.health import Health
@@ -63,17 +64,16 @@ def build(
     messages: list[str] = []
     found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
-    wrapped, optimizer = _to_train(run, stage, pretrainer, ranks, compute)
+    wrapped, optimizer, ema = _to_train(run, stage, pretrainer, ranks, compute)
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
     if found is not None:
         before = Standing.of(found.state())
         standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
         fresh = before.step == begins and run.stages[stage].moments == "fresh"
-        restore(found.tensors(), pretrainer, optimizer, moments=not fresh)
+        restore(found.tensors(), pretrainer, optimizer, moments=not fresh, ema=ema)
     else:
         differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
     changed = list(dict.fromkeys([*changed, *differing]))
-    # Only now is it known that these budgets fit what was trained.
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 
     setting = Setting.of(run, data.feeds, ranks)
@@ -87,6 +87,7 @@ def build(
         pretrainer=pretrainer,
         setup=Setup(wrapped=wrapped, compute=compute, pool=run.pool, watch=stopwatch),
         optimizer=optimizer,
+        ema=ema,
         curriculum=curriculum,
         stage=stage,
         ranks=ranks,
@@ -106,7 +107,7 @@ def build(
 
 def _to_train(
     run: Run, stage: str, pretrainer: Pretrainer, ranks: Ranks, compute: Compute
-) -> tuple[Wrapped, torch.optim.Optimizer]:
+) -> tuple[Wrapped, torch.optim.Optimizer, Ema | None]:
     """What the steps of a stage work with, in the order of `pretrain.parallel`."""
     multipliers = train_only(pretrainer, run, stage)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
@@ -115,7 +116,8 @@ def _to_train(
     if run.precision.parameters == "bf16":
         keep_in_bf16(pretrainer)
     wrapped = wrap(pretrainer, ranks, run.spread, bf16=compute.bf16, lanes=lanes)
-    return wrapped, build_optimizer(pretrainer, run.stages[stage].optim, multipliers)
+    optimizer = build_optimizer(pretrainer, run.stages[stage].optim, multipliers)
+    return wrapped, optimizer, Ema(pretrainer, decay) if (decay := run.stages[stage].ema) else None
 
 
 def _resume(
@@ -192,6 +194,7 @@ def claim(command: Command, stack: ExitStack) -> tuple[list[str], str]:
 
 
 def _record(command: Command, data: Data, rundir: RunDir, *, other_data: bool) -> None:
+    """Write the run down, now that it is known that its budgets fit what was trained."""
     if other_data:
         put_away(rundir.quarantine)
     record(rundir, runfile.dump(command.run), identity=runfile.identity(command.run))

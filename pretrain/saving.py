@@ -28,7 +28,7 @@ def save(training: Training, *, last: bool = False) -> None:
                 file.flush()
         training.saver.begin(
             training.standing.step,
-            lambda: capture(training.pretrainer, training.optimizer),
+            lambda: capture(training.pretrainer, training.optimizer, training.ema),
             training.standing.plain(),
             last=last,
         )

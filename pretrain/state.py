@@ -17,6 +17,7 @@ from datasets.errors import UserError
 from datasets.mixture import Account
 from datasets.order import VERSION
 from pretrain.curriculum import Curriculum
+from pretrain.ema import Ema
 from pretrain.pieces import Saved
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -140,8 +141,8 @@ _ELSEWHERE = (
 )
 
 
-def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights and moments by name, as this rank holds them: sharded ones as DTensors.
+def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> Tensors:
+    """Weights, moments and averages by name, as this rank holds them: sharded ones as DTensors.
 
     A count of steps that an optimizer keeps for a whole group (LAMB) is that of each of its parameters:
     groups may be others in another stage.
@@ -155,7 +156,8 @@ def capture(pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
         for key, value in {**state, "step": groups[parameter].get("step", state.get("step"))}.items()
         if isinstance(value, Tensor)
     }
-    return {"model": model, "optimizer": moments}
+    averages = {} if ema is None else {"ema": ema.averages}
+    return {"model": model, "optimizer": moments, **averages}
 
 
 def restore(
@@ -164,24 +166,32 @@ def restore(
     optimizer: torch.optim.Optimizer,
     *,
     moments: bool = True,
+    ema: Ema | None = None,
 ) -> None:
-    """Put weights and moments back where `capture` took them, however they are sharded now.
+    """Put weights, moments and averages back where `capture` took them, however they are sharded now.
 
     Each rank reads only the parts that it holds. A moment of the shape of its parameter is sharded like that,
-    one of another shape is whole on every rank. What does not train now gets no moments.
+    one of another shape is whole on every rank. What does not train now gets no moments. Averages that were
+    not saved begin with the weights that were.
 
     Args:
         saved: group to its tensors.
         pretrainer: wrapped already.
         optimizer: over its parameters.
         moments: False leaves the optimizer as it is.
+        ema: the averages of its parameters, if there are any.
     """
     model = pretrainer.state_dict()
     pretrainer.load_state_dict({name: saved["model"].like(name, model.get(name)) for name in saved["model"]})
-    if not moments:
-        return
+    if moments:
+        _restore_moments(saved["optimizer"], pretrainer, optimizer)
+    if ema is not None:
+        ema.restore(saved.get("ema"))
+
+
+def _restore_moments(saved: Saved, pretrainer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     keys: dict[str, list[str]] = {}
-    for at in saved["optimizer"]:
+    for at in saved:
         name, _, key = at.rpartition(".")
         keys.setdefault(name, []).append(key)
     groups, fused = _groups(optimizer), bool(optimizer.defaults.get("fused"))
@@ -190,7 +200,7 @@ def restore(
             continue
         group = groups[parameter]
         state = optimizer.state[parameter] = {
-            key: _as_kept(key, saved["optimizer"].like(f"{name}.{key}", parameter), parameter, group, fused)
+            key: _as_kept(key, saved.like(f"{name}.{key}", parameter), parameter, group, fused)
             for key in keys[name]
         }
         if "step" in group:

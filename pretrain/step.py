@@ -22,6 +22,7 @@ from objectives.base import Terms
 from pretrain.clipping import Norms, clip, gradient_norms
 from pretrain.coupled import Pool, couple
 from pretrain.distributed import Ranks
+from pretrain.ema import Ema
 from pretrain.faults import Fault, find_fault
 from pretrain.parallel import Wrapped
 from pretrain.precision import Compute
@@ -76,11 +77,12 @@ def train_step(
     largest_norm: float,
     key: tuple[int, int],
     unfit: bool = False,
+    ema: Ema | None = None,
 ) -> StepReport:
     """One step over this rank's micro-batches, or none: all ranks skip one whose numbers are not finite.
 
-    Of a skipped step nothing stays: weights, moments and their counts of steps, momentum encoders and queues
-    are as they were, to the bit.
+    Of a skipped step nothing stays: weights, their averages, moments and their counts of steps, momentum
+    encoders and queues are as they were, to the bit.
 
     Args:
         setup: the pretrainer and how it is run.
@@ -91,6 +93,7 @@ def train_step(
         largest_norm: what the gradient is clipped to, 0 for not at all.
         key: seed of the run, and optimizer steps done before this one.
         unfit: whether an input of any rank is not finite (`faults.is_fit`).
+        ema: the averages of the weights, if there are any.
     """
     pretrainer = setup.wrapped.pretrainer
     for objective in pretrainer.objectives.values():
@@ -108,6 +111,8 @@ def train_step(
             pretrainer.clamp()
             for objective in pretrainer.objectives.values():
                 objective.commit()
+            if ema is not None:
+                ema.update()
     return StepReport(values=values, norms=norms, fault=fault)
 
 
@@ -176,8 +181,9 @@ def backward(
                     pairs=said.pairs[place],
                     pull=said.pull if last and wrapped.lends_pull else None,
                 )
-            with setup.watch("backward"):
-                outcome.total.backward()
+            if outcome.total.requires_grad:  # what this micro-batch alone says may all be frozen
+                with setup.watch("backward"):
+                    outcome.total.backward()
         wrapped.pushed(place, len(batches))
         pushed.append({name: terms.detached() for name, terms in outcome.terms.items()})
     wrapped.finish(said.pull)

@@ -18,11 +18,11 @@ def check_trainable(patterns: Mapping[str, float], flag: str) -> None:
     """Refuse multipliers that are none.
 
     Raises:
-        UserError: names the flag, of which `flag` is the beginning, and the pattern.
+        UserError: names the flag and the pattern.
     """
     for pattern, multiplier in patterns.items():
         if not 0 <= multiplier < math.inf:
-            raise UserError(f"{flag}.{pattern} is {multiplier}; it must be at least 0, which freezes")
+            raise UserError(f"{flag} {pattern!r} is {multiplier}; it must be at least 0, which freezes")
 
 
 def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str) -> dict[str, float]:
@@ -50,7 +50,7 @@ def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str
         matched = [parameter for name, parameter in named if _matches(name, pattern)]
         if not matched:
             raise UserError(
-                f"{flag}.{pattern} matches no parameter: {_hint(pattern, [name for name, _ in named])}"
+                f"{flag} {pattern!r} matches no parameter: {_hint(pattern, [name for name, _ in named])}"
             )
         chosen |= dict.fromkeys(map(id, matched), multiplier)
     for parameter in module.parameters():

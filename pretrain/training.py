@@ -15,6 +15,7 @@ from pretrain.clock import Clock
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.distributed import Ranks
+from pretrain.ema import Ema
 from pretrain.flight import Saver
 from pretrain.health import Health
 from pretrain.ledger import Ledger
@@ -42,6 +43,8 @@ class Training:
     setup: Setup
     """The pretrainer as it is wrapped, and how it is run."""
     optimizer: torch.optim.Optimizer
+    ema: Ema | None = None
+    """The averages of the weights, which are what is judged; None where a stage has none."""
     curriculum: Curriculum
     stage: str
     """The stage that is trained."""

@@ -24,9 +24,9 @@ from pretrain.distributed import Ranks, SaidByRankZeroError, join_ranks
 from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge
 from pretrain.evaluate.possible import Examination, Measure, plan
-from pretrain.evaluate.results import Results, save, table
+from pretrain.evaluate.results import AVERAGED, Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
-from pretrain.evaluate.subject import Subject, load_subject
+from pretrain.evaluate.subject import Subject, Weights, load_subject
 from pretrain.precision import Precision, compute_for
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
@@ -48,6 +48,9 @@ class Command:
     """Labelled shards that the probes learn from."""
     step: int | None = None
     """The checkpoint to judge; by default the newest."""
+    weights: Weights = "ema"
+    """`ema` for the moving average of the weights where the checkpoint has one, `raw` for those that were
+    trained."""
     limit: int = 0
     """Samples of the data to look at; 0 for all, or for as many as in training where --data is left out."""
     resolution: int = 0
@@ -79,7 +82,7 @@ def _evaluate(command: Command, ranks: Ranks) -> None:
     for flag, least in (("limit", 0), ("resolution", 0), ("batch", 1), ("rerank", 0)):
         if getattr(command, flag) < least:
             raise UserError(f"--{flag} is {getattr(command, flag)}; it must be at least {least}")
-    subject = load_subject(command.subject, step=command.step, ranks=ranks)
+    subject = load_subject(command.subject, step=command.step, weights=command.weights, ranks=ranks)
     command = _as_in_training(command, subject)
     resolution = command.resolution or subject.resolution
     if subject.run is not None and ranks.device.type == "cpu":
@@ -101,10 +104,11 @@ def _evaluate(command: Command, ranks: Ranks) -> None:
         return
     if (where := command.json or (_kept(command) if subject.run else None)) is not None:
         kept = {name: getattr(command, name) for name in ("data", "limit", "classes")}
-        save(where, results, step=subject.step, resolution=resolution, **kept)
+        save(where, results, step=subject.step, resolution=resolution, averaged=subject.averaged, **kept)
         said.append(f"written to {where}")
     at = f" at step {subject.step}" if subject.step else ""
-    for line in [f"{subject.name}{at} on {command.data}", *table(results), *said]:
+    averaged = [AVERAGED] if subject.averaged else []
+    for line in [f"{subject.name}{at} on {command.data}", *averaged, *table(results), *said]:
         sys.stdout.write(f"{line}\n")
 
 
@@ -149,7 +153,7 @@ def _kept(command: Command) -> Path:
     """RUN_DIR/evaluations/NAME.json, by what was asked; the same question again takes its place."""
     asked = (
         command.data, command.measures, command.classes, command.train, command.limit, command.resolution,
-        command.rerank,
+        command.rerank, *(["raw"] if command.weights == "raw" else []),
     )  # fmt: skip
     name = re.sub(r"\W+", "-", command.data.replace(".tar", "")).strip("-")[-60:]
     digest = blake2b(repr(asked).encode(), digest_size=4).hexdigest()

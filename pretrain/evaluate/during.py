@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from datasets.classes import load_classes
 from datasets.errors import UserError
 from datasets.scenes import Scenes
@@ -9,7 +11,7 @@ from datasets.source import Source
 from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge, compared_by, matcher_of
 from pretrain.evaluate.possible import Examination, plan
-from pretrain.evaluate.results import Results, save, table
+from pretrain.evaluate.results import AVERAGED, Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
 from pretrain.evaluate.sheet import make_sheet, save_sheet
 from pretrain.sinks.jsonl import read
@@ -47,8 +49,12 @@ def check(training: Training) -> None:
 
 
 def evaluate(training: Training) -> None:
-    """Judge the model on all ranks together, tell the sinks, and write a sample sheet."""
-    with training.clock.pause(), training.setup.wrapped.whole():
+    """Judge the model on all ranks together, tell the sinks, and write a sample sheet.
+
+    It is the average of the weights that is judged, where there is one.
+    """
+    averaged = nullcontext() if training.ema is None else training.ema.swapped()
+    with training.clock.pause(), averaged, training.setup.wrapped.whole():
         try:
             results = _examine(training)
         except UserError as error:
@@ -104,7 +110,7 @@ def _tell(training: Training, results: Results) -> None:
     if not results:
         lines = ["nothing to evaluate on: name data by --val"]
     elif last:
-        lines = ["", *table(results), ""]
+        lines = ["", *table(results), *([] if training.ema is None else [AVERAGED]), ""]
     else:
         lines = [f"step {step}: " + "  ".join(f"{name} {each.value:.3f}" for name, each in results.items())]
     for line in lines:
@@ -123,6 +129,7 @@ def _show(training: Training, results: Results) -> None:
             limit=0 if _on_scenes(training) else training.run.eval.limit,
             classes=training.run.eval.classes,
             resolution=_resolution(training),
+            averaged=training.ema is not None,
         )
         if source is not None:
             sheet = make_sheet(judge_of(training), source, resolution=_resolution(training))

@@ -10,6 +10,8 @@ from pathlib import Path
 from datasets.errors import UserError
 from pretrain.fencing import replace
 
+AVERAGED = "the weights are the moving average of those that were trained"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -42,6 +44,7 @@ def save(
     limit: int,
     classes: str,
     resolution: int,
+    averaged: bool = False,
 ) -> None:
     """Write results as JSON: the arguments by name, and `"values": {NAME: {"value": ..., "chance": ...}}`.
 
@@ -53,6 +56,7 @@ def save(
         limit: samples that were looked at, 0 for all.
         classes: the class file, if one was named.
         resolution: of the images, in pixels.
+        averaged: whether the weights were the moving average of those that were trained.
 
     Raises:
         UserError: the file cannot be written.
@@ -63,6 +67,7 @@ def save(
         "limit": limit,
         "classes": classes,
         "resolution": resolution,
+        "averaged": averaged,
         "values": {name: asdict(each) for name, each in results.items()},
     }
     try:

@@ -18,7 +18,7 @@ import tyro
 from safetensors import SafetensorError
 
 from datasets.errors import UserError
-from pretrain.evaluate.subject import Subject, load_subject
+from pretrain.evaluate.subject import Subject, Weights, load_subject
 from pretrain.export.card import Library, card
 from pretrain.export.proof import TOLERANCE, Written, prove
 from pretrain.export.to_open_clip import read_open_clip, write_open_clip
@@ -48,6 +48,9 @@ class Command:
     """Who is to load it: open_clip, or transformers (CLIPModel, SiglipModel)."""
     step: int | None = None
     """The checkpoint to take; by default the newest."""
+    weights: Weights = "ema"
+    """`ema` for the moving average of the weights where the checkpoint has one, `raw` for those that were
+    trained."""
     without: Annotated[tuple[Part, ...], tyro.conf.UseAppendAction] = ()
     """A part to leave out, where the library has no place for it."""
 
@@ -61,7 +64,14 @@ def main(arguments: Sequence[str]) -> int:
         logging.disable_progress_bar()  # one for each file that it writes or reads
         logging.set_verbosity_error()  # it warns of its own defaults; what we wrote is proven below
     try:
-        export(command.run, command.out, to=command.to, step=command.step, without=command.without)
+        export(
+            command.run,
+            command.out,
+            to=command.to,
+            step=command.step,
+            weights=command.weights,
+            without=command.without,
+        )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -71,7 +81,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def export(
-    run: Path, out: Path, *, to: Library, step: int | None = None, without: Sequence[Part] = ()
+    run: Path,
+    out: Path,
+    *,
+    to: Library,
+    step: int | None = None,
+    weights: Weights = "ema",
+    without: Sequence[Part] = (),
 ) -> None:
     """Write an export, all or nothing.
 
@@ -80,6 +96,7 @@ def export(
         out: the directory to make; it may exist if it is empty.
         to: who is to load it.
         step: the checkpoint to take; by default the newest.
+        weights: see `load_subject`.
         without: parts to leave out.
 
     Raises:
@@ -88,7 +105,7 @@ def export(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already: choose another OUT, or remove it first")
-    subject = load_subject(run, step=step)
+    subject = load_subject(run, step=step, weights=weights)
     if subject.run is None:
         raise UserError(f"{run} is an export already: name the run directory that it was made from")
     for part in without:

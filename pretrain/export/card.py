@@ -16,6 +16,7 @@ from objectives import kind_of
 from pretrain import runfile
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
+from pretrain.evaluate.results import AVERAGED
 from pretrain.evaluate.subject import Subject
 from pretrain.export.preprocessing import normalisation_of
 from pretrain.rundir import RunDir
@@ -84,7 +85,7 @@ def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequ
             f"```python\n{USAGE[to].substitute(folder=name)}\n```",
         ],
         "Data": _data(run, run_dir, subject.step),
-        "Training": _training(run, subject.step, samples),
+        "Training": _training(run, subject, samples),
         "Evaluation": _evaluation(run, run_dir, subject),
         "Preprocessing": [*_preprocessing(subject), *map(_short, notes)],
         "Recipe": ["All settings of the run:", f"```yaml\n{_recipe(run)}```"],
@@ -122,7 +123,7 @@ def _data(run: Run, run_dir: Path, step: int) -> list[str]:
     return [table, *([f"Evaluated on {evaluated}."] if evaluated else [])]
 
 
-def _training(run: Run, step: int, samples: int) -> list[str]:
+def _training(run: Run, subject: Subject, samples: int) -> list[str]:
     stages = [
         (
             name, stage.steps, stage.batch, f"{stage.resolution} px",
@@ -133,7 +134,9 @@ def _training(run: Run, step: int, samples: int) -> list[str]:
     objectives = [(name, kind_of(config), config.weight) for name, config in run.objectives.items()]
     pretrained = _short(getattr(run.model, "pretrained", ""))
     return [
-        f"Step {step}: {samples} samples seen, from {f'`{pretrained}`' if pretrained else 'random weights'}.",
+        f"Step {subject.step}: {samples} samples seen, from "
+        f"{f'`{pretrained}`' if pretrained else 'random weights'}.",
+        *([f"{AVERAGED.capitalize()}."] if subject.averaged else []),
         _table(("stage", "steps", "batch", "images", "optimizer", "peak learning rate", "decay"), stages),
         _table(("objective", "kind", "weight"), objectives),
     ]
@@ -149,7 +152,7 @@ def _evaluation(run: Run, run_dir: Path, subject: Subject) -> list[str]:
     # What the run said itself may be in a file as well, with what guessing would get.
     for path in sorted(rundir.evaluations.glob("*.json")):
         try:
-            rows |= _found(path, resolution=subject.resolution)
+            rows |= _found(path, resolution=subject.resolution, averaged=subject.averaged)
         except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no JSON, or of another form
             unreadable.append(f"`{path.name}` of the run's evaluations could not be read and is left out.")
     if not rows:
@@ -174,12 +177,15 @@ def _last_values(rundir: RunDir, step: int) -> dict[str, tuple[float, int]]:
     return last
 
 
-def _found(path: Path, *, resolution: int) -> dict[tuple[str, str, int], tuple[float, float | None]]:
+def _found(
+    path: Path, *, resolution: int, averaged: bool
+) -> dict[tuple[str, str, int], tuple[float, float | None]]:
     """(measure, data, step) -> (value, chance) of a file that `pretrain.evaluate` wrote.
 
     Args:
         path: the file.
         resolution: the side of the images that need not be told.
+        averaged: whether the weights are averages, which need not be told either.
     """
     found = json.loads(path.read_bytes())
     side = found.get("resolution") or resolution
@@ -188,6 +194,7 @@ def _found(path: Path, *, resolution: int) -> dict[tuple[str, str, int], tuple[f
         limit=found.get("limit", 0),
         classes=found.get("classes", ""),
         resolution=0 if side == resolution else side,
+        weights="" if (its := found.get("averaged", False)) == averaged else "averaged" if its else "raw",
     )
     return {
         (name, on, int(found["step"])): (
@@ -198,12 +205,13 @@ def _found(path: Path, *, resolution: int) -> dict[tuple[str, str, int], tuple[f
     }
 
 
-def _on(data: str, *, limit: int, classes: str, resolution: int = 0) -> str:
+def _on(data: str, *, limit: int, classes: str, resolution: int = 0, weights: str = "") -> str:
     """What was evaluated on, with what was set for it."""
     told = [
         f"its first {limit} samples" if limit else "",
         f"classes `{_short(classes)}`" if classes else "",
         f"{resolution} px" if resolution else "",
+        f"{weights} weights" if weights else "",
     ]
     return ", ".join([f"`{_short(data)}`", *filter(None, told)])
 

@@ -1,13 +1,21 @@
 """Patterns over parameter names freeze, and say how fast the rest learns."""
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from datasets.errors import UserError
-from pretrain.testing import tiny_pretrainer
+from pretrain.distributed import Ranks
+from pretrain.optim import Optim, build_optimizer
+from pretrain.parallel import Spread, wrap
+from pretrain.precision import Compute
+from pretrain.step import Setup, agree, train_step
+from pretrain.testing import make_samples, split, tiny_pretrainer
 from pretrain.trainable import set_trainable
 
 FLAG = "--stages.one.trainable"
+KINDS = ("itc", "lm", "itm")
 
 
 def test_without_patterns_all_train_alike():
@@ -51,11 +59,14 @@ def test_tied_weights_have_two_names():
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        ({"imgae.*": 0.0}, r"--stages.one.trainable.imgae.\* matches no parameter: the nearest are image.\*"),
+        (
+            {"imgae.*": 0.0},
+            r"--stages.one.trainable 'imgae.\*' matches no parameter: the nearest are image.\*",
+        ),
         ({"image": 0.0}, r"for all of it write 'image.\*'"),
         ({"model.text": 0.0}, r"for all of it write 'model.text.\*'"),
         ({"image.project.wieght": 0.0}, "the nearest are image.project.weight"),
-        ({"image.*": -1.0}, r"--stages.one.trainable.image.\* is -1.0; it must be at least 0"),
+        ({"image.*": -1.0}, r"--stages.one.trainable 'image.\*' is -1.0; it must be at least 0"),
         ({"image.*": float("nan")}, "is nan; it must be at least 0"),
         ({"image.*": 1.0, "*": 0.0}, "--stages.one.trainable freezes every parameter"),
     ],
@@ -64,3 +75,65 @@ def test_what_cannot_be_meant_is_one_sentence(patterns, says):
     with pytest.raises(UserError, match=says) as raised:
         set_trainable(tiny_pretrainer(("itc",)), patterns, flag=FLAG)
     assert "\n" not in str(raised.value)
+
+
+def trained(
+    ranks: Ranks,
+    *,
+    patterns: dict[str, float],
+    parallel: str,
+    micro_batches: int,
+    fed: tuple[str, ...] = KINDS,
+) -> list[str]:
+    """The parameters that two steps have changed."""
+    pretrainer = tiny_pretrainer(KINDS, ranks.group, feeds={"": fed}).float()
+    multipliers = set_trainable(pretrainer, patterns, flag=FLAG)
+    wrapped = wrap(pretrainer, ranks, Spread(parallel=parallel))  # type: ignore[arg-type]
+    setup = Setup(wrapped=wrapped, compute=Compute(device=ranks.device, bf16=False))
+    optimizer = build_optimizer(pretrainer, Optim(lr=0.1), multipliers)
+    before = {name: whole(each) for name, each in pretrainer.named_parameters()}
+    batches = split(make_samples(23), ranks, micro_batches)
+    for step in range(2):
+        done = train_step(
+            setup,
+            batches,
+            optimizer,
+            counts=agree(setup, batches).counts,
+            weights=dict.fromkeys(KINDS, 1.0),
+            largest_norm=1.0,
+            key=(0, step),
+        )
+        assert done.fault is None
+    after = {name: whole(each) for name, each in pretrainer.named_parameters()}
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("parallel", "world"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"image.*": 0.0},
+        {"text.*": 0.0, "image.patches.*": 0.0},
+        {"*": 0.0, "captioner.*": 1.0},
+        {"*": 0.0, "logit_scale": 1.0},
+        {"*": 0.0, "objectives.*": 1.0},
+    ],
+    ids=lambda patterns: "+".join(patterns),
+)
+def test_what_is_frozen_stays_and_the_rest_trains(pool, patterns, parallel, world, micro_batches):
+    """Also where whole objectives are left without a gradient."""
+    expected = set_trainable(tiny_pretrainer(KINDS), patterns, flag=FLAG)
+    for found in pool.run(trained, world, patterns=patterns, parallel=parallel, micro_batches=micro_batches):
+        assert set(found) <= set(expected)
+        assert len(found) >= 0.6 * len(expected)
+
+
+@pytest.mark.parametrize(("parallel", "world"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_source_that_feeds_only_what_is_frozen_changes_nothing(pool, parallel, world):
+    how = {"patterns": {"*": 0.0, "captioner.*": 1.0}, "parallel": parallel, "micro_batches": 1}
+    assert pool.run(trained, world, fed=("itc",), **how) == [[]] * world

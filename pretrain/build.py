@@ -233,7 +233,8 @@ def build_pretrainer(
             try_resolution(model, resolution, flag=f"--stages.{name}.resolution")
     drop_unread(model, objectives)
     choose_attention(model, ranks.device)
-    return pretrainer.to(ranks.device)
+    # On a CPU it is there already, and parameters without storage (`pretrain.plan`) refuse to be moved.
+    return pretrainer if ranks.device.type == "cpu" else pretrainer.to(ranks.device)
 
 
 def try_resolution(model: Dual, resolution: int, *, flag: str) -> None:

@@ -24,10 +24,12 @@ from objectives.base import Objective
 from pretrain import runfile
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
+from pretrain.plan.wanted import HELP as PLAN
+from pretrain.plan.wanted import Wanted, stand_in, take
 from pretrain.stage import Stage
 from pretrain.zoo.models import model_config, own_resolution
 
-_DESCRIPTION = """Pretrain with any mix of objectives.
+_DESCRIPTION = f"""Pretrain with any mix of objectives.
 
 These decide what else there is to set; all other flags are listed below, for this choice:
 
@@ -42,6 +44,7 @@ These decide what else there is to set; all other flags are listed below, for th
                            (default: all that are not finished, one after the other)
   --out RUN_DIR            where the run lives; the same command again goes on there
   --explain                print what this run would do and cost, and do nothing
+{PLAN}
   --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """
 _SHAPE = ("--recipe", "--objectives", "--model", "--data", "--stage", "--out", "--explain", "--allow-changed")
@@ -59,6 +62,8 @@ class Command:
     """The only stage to train; None for all that are not finished."""
     explain: bool = False
     """Whether it is only to be told what would be done."""
+    plan: Wanted | None = None
+    """What it is to be planned for, if it is."""
     allow_changed: bool = False
     """Whether the run may go on where data, seed, batch or order are others than before."""
 
@@ -74,7 +79,8 @@ def parse(arguments: Sequence[str]) -> Command:
     for flag in _SHAPE:
         listed = {"--data": "append", "--explain": "store_true", "--allow-changed": "store_true"}
         shape.add_argument(flag, action=listed.get(flag, "store"))
-    chosen, leaves = shape.parse_known_args(arguments)
+    planned, others = take(arguments)
+    chosen, leaves = shape.parse_known_args(others)
     for flag in (leaf.partition("=")[0] for leaf in leaves if leaf.startswith("--")):
         near = get_close_matches(flag, _SHAPE, n=1, cutoff=0.8)
         if near and "." not in flag:
@@ -90,13 +96,20 @@ def parse(arguments: Sequence[str]) -> Command:
     if chosen.data:
         run = replace(run, sources=parse_data(chosen.data, run.sources))
     run = tyro.cli(Run, default=run, args=leaves, prog="python -m pretrain.launch", description=_DESCRIPTION)
+    if planned is not None:
+        run = stand_in(run)
     run.check()
     title = re.sub(r"\W+", "-", Path(name).stem) if chosen.recipe else "-".join(run.objectives)
     out = Path(chosen.out) if chosen.out else Path("runs") / f"{title}-{runfile.identity(run)[:8]}"
     if chosen.stage is not None:
         Curriculum(run.stages).of_stage(chosen.stage)  # refuses one that is not there
     return Command(
-        run=run, out=out, stage=chosen.stage, explain=chosen.explain, allow_changed=chosen.allow_changed
+        run=run,
+        out=out,
+        stage=chosen.stage,
+        explain=chosen.explain,
+        plan=planned,
+        allow_changed=chosen.allow_changed,
     )
 
 

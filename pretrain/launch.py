@@ -56,6 +56,11 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
     """
     try:
         command = parse(arguments)
+        if command.plan is not None:
+            from pretrain.plan.command import plan
+
+            sys.stdout.writelines(f"{line}\n" for line in plan(command))
+            return DONE
         with (
             Preemption() if preemption is None else nullcontext(preemption) as preemption,
             join_ranks(command.out, asked=preemption.asked) as ranks,

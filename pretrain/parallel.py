@@ -172,13 +172,13 @@ class Replicated(Wrapped):
         with warnings.catch_warnings():
             # Deprecated in torch 2.15 in favour of a name that 2.11 does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            self._call = self._ddp = DistributedDataParallel(
+            self._call = self.ddp = DistributedDataParallel(
                 pretrainer, process_group=ranks.group, find_unused_parameters=True, broadcast_buffers=False
             )
 
     def synchronised(self, now: bool) -> AbstractContextManager[None]:
         """DDP's own way to wait."""
-        return nullcontext() if now else self._ddp.no_sync()
+        return nullcontext() if now else self.ddp.no_sync()
 
 
 def same_on_all(module: nn.Module, ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from datasets.errors import UserError
-from pretrain.zoo.attention import spell_out
+from pretrain.zoo.attention import spell_out, spells_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Compute:
 def attention_kernels(kind: str) -> AbstractContextManager[object]:
     """The kernels that torch's own attention chooses from on a kind of device."""
     # The CPU kernel of scaled_dot_product_attention has a very slow bfloat16 backward.
-    return sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if spells_out(torch.device(kind)) else nullcontext()
 
 
 def keep_in_bf16(module: nn.Module) -> None:
@@ -75,11 +75,12 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
     There, the fused kernel's bfloat16 backward is several times slower than two matmuls and a softmax; what
     goes through torch's own function is caught by `Compute.forward`, whose kernel is slower than these too.
     """
-    if device.type == "cpu":
+    spelled = spells_out(device)
+    if spelled:
         spell_out(module)
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            setattr(part, "fused_attn", device.type != "cpu")  # noqa: B010  (timm declares it per class)
+            setattr(part, "fused_attn", not spelled)  # noqa: B010  (timm declares it per class)
 
 
 def compute_for(precision: Precision, device: torch.device) -> Compute:

@@ -5,9 +5,30 @@ N texts, t tokens that ask, s tokens that are asked, H heads, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_AS_ON: ContextVar[str] = ContextVar("as_on", default="")
+
+
+@contextmanager
+def as_on(kind: str) -> Generator[None]:
+    """Choose inside as on a device of this kind, for who only counts what it would do there."""
+    before = _AS_ON.set(kind)
+    try:
+        yield
+    finally:
+        _AS_ON.reset(before)
+
+
+def spells_out(device: torch.device) -> bool:
+    """Whether products are spelled out on a device."""
+    return (_AS_ON.get() or device.type) == "cpu"
 
 
 def split_heads(x: Tensor, *, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -18,7 +39,7 @@ def split_heads(x: Tensor, *, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     """(N, H, t, d) of (N, H, t, d) queries over (N, H, s, d) keys; where it is causal, t = s."""
-    if query.device.type != "cpu":
+    if not spells_out(query.device):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     t = query.shape[2]
     return _spelled_out(query, key, value, query.new_full((t, t), -torch.inf).triu(1) if causal else None)

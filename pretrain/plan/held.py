@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ class Held(Alive):
     def forget_peak(self) -> None:
         """Look for the largest moment from now on."""
         self.peak, self.at_peak = self.bytes, dict(self.by)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # What autocast makes of a parameter is as large for one sample as for many.
+        rounds = func is torch.ops.aten._to_copy.default
+        if rounds and self._causes.get(place_of(args[0])) in ("weights", "communication"):
+            with self.making("rounded weights"):
+                return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Literal
 
@@ -62,6 +62,7 @@ class Paperwork:
     wanted: Wanted
     tokenizer: Tokenizer
     inputs: Sequence[Input]
+    _known: dict[tuple[int, Parallel, int, int], Found] = field(default_factory=dict)
 
     def leg(self, stretch: Stretch) -> Leg:
         """Try a step of a stretch in all the ways that the plan tells of.
@@ -72,11 +73,13 @@ class Paperwork:
         pieces = self._pieces(stretch)
         each = stretch.batch // (self.wanted.gpus * pieces)
         own = self.run.spread.parallel
-        found = self._tried(stretch, own, each, pieces)
+        found = self.step(stretch)
         peaks: dict[str, Mapping[str, float] | str] = {own: found.bytes}
         for other in ("ddp", "fsdp") if self.wanted.gpus > 1 else ():
             if other != own:
-                peaks[other] = self._refused(stretch, other) or self._other(stretch, other, each, pieces, found)
+                peaks[other] = self._refused(stretch, other) or self._other(
+                    stretch, other, each, pieces, found
+                )
         return Leg(
             name=stretch.name,
             steps=stretch.last - stretch.first,
@@ -86,8 +89,18 @@ class Paperwork:
             micro_batch=each,
             found=found,
             peaks=peaks,
-            largest=self._largest(stretch, own, each, min(pieces, 2)),
+            largest=self._largest(found, each),
         )
+
+    def step(self, stretch: Stretch) -> Found:
+        """One step of a rank, spread as the run says.
+
+        Raises:
+            UserError: the batch cannot be shared out, or the model not be built on paper.
+        """
+        pieces = self._pieces(stretch)
+        each = stretch.batch // (self.wanted.gpus * pieces)
+        return self._tried(stretch, self.run.spread.parallel, each, pieces)
 
     def _pieces(self, stretch: Stretch) -> int:
         """Micro-batches of a rank."""
@@ -102,14 +115,15 @@ class Paperwork:
         if stretch.batch % gpus:
             near = max(1, round(stretch.batch / gpus)) * gpus
             raise UserError(
-                f"--gpus {gpus} do not divide --stages.{stretch.name}.batch {stretch.batch}: take a batch of {near:,}"
+                f"--gpus {gpus} do not divide --stages.{stretch.name}.batch {stretch.batch}: "
+                f"take a batch of {near}"
             )
         own = stretch.batch // gpus
         pieces = lanes // gpus if self.run.deterministic == "elastic" else stretch.micro_batches
         if own % pieces:
             raise UserError(
-                f"--stages.{stretch.name}.micro-batches {pieces} do not divide the {own} samples that each of "
-                f"{gpus} GPUs has of a batch of {stretch.batch}"
+                f"--stages.{stretch.name}.micro-batches {pieces} do not divide the {own} samples that each "
+                f"of {gpus} GPUs has of a batch of {stretch.batch}"
             )
         return pieces
 
@@ -140,15 +154,19 @@ class Paperwork:
             return str(error)
         return ""
 
-    def _largest(self, stretch: Stretch, parallel: Parallel, each: int, pieces: int) -> int:
-        """What fits follows a straight line through two sizes."""
-        less, more = (each // 2, each) if each > 1 else (1, 2)
-        low, high = (self._attempt(stretch, parallel, some, pieces).peak for some in (less, more))
-        slope = (high - low) / (more - less)
-        room = gpu_called(self.wanted.gpu).memory * ROOM - (high - slope * more)
-        return max(0, int(room // slope)) if slope > 0 else each
+    def _largest(self, found: Found, each: int) -> int:
+        """What fits: activations grow with the samples of a micro-batch, and all else stays."""
+        activations = found.bytes.get("activations", 0)
+        room = gpu_called(self.wanted.gpu).memory * ROOM - (found.peak - activations)
+        return max(0, int(room / activations * each)) if activations else each
 
     def _attempt(self, stretch: Stretch, parallel: Parallel, each: int, pieces: int) -> Found:
+        at = stretch.first, parallel, each, pieces
+        if at not in self._known:
+            self._known[at] = self._try(stretch, parallel, each, pieces)
+        return self._known[at]
+
+    def _try(self, stretch: Stretch, parallel: Parallel, each: int, pieces: int) -> Found:
         wanted, run = self.wanted, self.run
         own = {name: source.weight for name, source in run.sources.items()}
         weights = weights_in(stretch.stage.sources, own, begins=stretch.begins)

@@ -9,6 +9,7 @@ from pretrain.plan.gpus import GB, ROOM, Gpu, gpu_called
 from pretrain.plan.inputs import Input
 from pretrain.plan.leg import Leg
 from pretrain.plan.wanted import Wanted
+from pretrain.tables import millions, share
 
 _TB = 1e12
 _HOUR = 3600.0
@@ -34,10 +35,10 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
         f"{wanted.utilisation:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s each; nothing was trained",
         f"captions in tokens, start and end counted: {lengths or 'none'}",
         "",
-        *_columns(["", *(leg.name for leg in legs)], rows),
+        *_columns(["", *(f"{leg.name}, {leg.resolution} px" for leg in legs)], rows),
         "",
         f"all together: {hours:,.3g} hours, {hours * wanted.gpus:,.6g} GPU-hours, "
-        f"{sum(leg.samples for leg in legs):,} samples{_passes(sum(leg.samples for leg in legs), inputs)}",
+        f"{sum(leg.samples for leg in legs):,} samples, {_passes(sum(leg.samples for leg in legs), inputs)} passes",
         *_notes(legs),
     ]
 
@@ -45,14 +46,12 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
 def _work(legs: Sequence[Leg], inputs: Sequence[Input]) -> list[Row]:
     found = legs[0].found
     parts = found.parts.items()
-    whole = [sum(sizes) for sizes in zip(*(sizes for _, sizes in parts), strict=True)]
     text = sum(sum(each.lengths) / len(each.lengths) for each in inputs if each.holds != "images")
     return [
         ("parameters, of which train",),
         *((f"  {name}", *(_both(leg.found.parts[name]) for leg in legs)) for name, _ in parts),
-        ("  all", *[_both((whole[0], whole[1]))] * len(legs)),
+        ("  all", *(_both(_whole(leg)) for leg in legs)),
         ("a step",),
-        ("  resolution", *(str(leg.resolution) for leg in legs)),
         ("  batch", *(f"{leg.batch:,}" for leg in legs)),
         ("  micro-batches x samples a GPU", *(f"{leg.pieces} x {leg.micro_batch:,}" for leg in legs)),
         ("  PFLOP, all GPUs", *(f"{_all(leg) / 1e15:,.4g}" for leg in legs)),
@@ -62,7 +61,7 @@ def _work(legs: Sequence[Leg], inputs: Sequence[Input]) -> list[Row]:
         ("  text tokens", *(_count(leg.batch * text / len(inputs)) for leg in legs)),
         ("samples", *(f"{leg.samples:,}" for leg in legs)),
         ("  steps", *(f"{leg.steps:,}" for leg in legs)),
-        ("  passes over the data", *(_passes(leg.samples, inputs).strip(" ()") or "-" for leg in legs)),
+        ("  passes over the data", *(_passes(leg.samples, inputs) for leg in legs)),
     ]
 
 
@@ -180,8 +179,8 @@ def _again(leg: Leg) -> float:
 
 def _passes(samples: float, inputs: Sequence[Input]) -> str:
     if any(each.samples is None for each in inputs):
-        return ""
-    return f" ({samples / sum(each.samples or 0 for each in inputs):,.3g} passes)"
+        return "-"
+    return f"{samples / sum(each.samples or 0 for each in inputs):,.3g}"
 
 
 def _tokens(each: Input) -> str:
@@ -193,8 +192,13 @@ def _size(account: object, cause: str) -> float:
     return account.get(cause, 0) / GB if isinstance(account, dict) else 0.0
 
 
+def _whole(leg: Leg) -> tuple[int, int]:
+    sizes = leg.found.parts.values()
+    return sum(size for size, _ in sizes), sum(trained for _, trained in sizes)
+
+
 def _both(sizes: tuple[int, int]) -> str:
-    return f"{sizes[0] / 1e6:,.4g} M, {sizes[1] / sizes[0]:.0%}" if sizes[0] else "0"
+    return f"{millions(sizes[0])}, {share(sizes[1], sizes[0])}"
 
 
 def _count(number: float) -> str:

@@ -107,7 +107,7 @@ def attempt(setting: Setting, make: Make) -> Found:
         optimizer = build_optimizer(pretrainer, stage.optim, multipliers)
         _warm(pretrainer, optimizer, held)
         with held.making("average"):
-            average = [each.clone() for each in _locals(pretrainer) if stage.ema and each.requires_grad]
+            average = [each.clone() for each in _locals(pretrainer, trained=True)] if stage.ema else []
         shards = _bytes(_locals(pretrainer))
         moments, copies = (round(held.by[kept] * whole / shards) for kept in ("moments", "average"))
         _watch(pretrainer, held)
@@ -259,8 +259,13 @@ def by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
     return parts
 
 
-def _locals(module: nn.Module) -> list[Tensor]:
-    return [getattr(each, "_local_tensor", each) for each in module.parameters()]
+def _locals(module: nn.Module, *, trained: bool = False) -> list[Tensor]:
+    """What this rank has of the parameters, detached."""
+    return [
+        getattr(each, "_local_tensor", each).detach()
+        for each in module.parameters()
+        if each.requires_grad or not trained
+    ]
 
 
 def _bytes(tensors: Any) -> int:

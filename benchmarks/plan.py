@@ -80,12 +80,13 @@ def compare(name: str) -> Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", choices=[[], *PUBLISHED], default=list(PUBLISHED))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(PUBLISHED)}; all by default")
+    models = parser.parse_args(arguments).models or list(PUBLISHED)
+    if unknown := [name for name in models if name not in PUBLISHED]:
+        parser.error(f"there is nothing published of {unknown[0]}; known: {', '.join(PUBLISHED)}")
     rows: list[list[str]] = []
-    for name in parser.parse_args(arguments).models:
+    for name in models:
         there, got = PUBLISHED[name], compare(name)
         rows.append([
             name,
@@ -98,14 +99,8 @@ def main(arguments: Sequence[str]) -> int:
             f"{got.hardware:.1%}",
         ])  # fmt: skip
     heads = (
-        "model",
-        "A100-40",
-        "batch",
-        "GPU-hours",
-        "GFLOP a sample",
-        "GB a GPU",
-        "utilisation",
-        "with again",
+        *("model", "A100-40", "batch", "GPU-hours", "GFLOP a sample", "GB a GPU"),
+        *("utilisation", "with what is computed twice"),
     )
     sys.stdout.writelines(f"{line}\n" for line in table(heads, rows))
     return 0

@@ -23,6 +23,7 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
     lengths = "; ".join(f"{each.name}: {_tokens(each)}" for each in inputs if each.holds != "images")
     seconds = [_seconds(leg, gpu, wanted) for leg in legs]
     hours = sum(leg.steps * each for leg, each in zip(legs, seconds, strict=True)) / _HOUR
+    samples = sum(leg.samples for leg in legs)
     rows = [
         *_work(legs, inputs),
         *_memory(legs, gpu),
@@ -37,8 +38,8 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
         "",
         *_columns(["", *(f"{leg.name}, {leg.resolution} px" for leg in legs)], rows),
         "",
-        f"all together: {hours:,.3g} hours, {hours * wanted.gpus:,.6g} GPU-hours, "
-        f"{sum(leg.samples for leg in legs):,} samples, {_passes(sum(leg.samples for leg in legs), inputs)} passes",
+        f"all together: {hours:,.3g} hours, {hours * wanted.gpus:,.6g} GPU-hours, {samples:,} samples, "
+        f"{_passes(samples, inputs)} passes",
         *_notes(legs),
     ]
 

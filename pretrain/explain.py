@@ -1,7 +1,7 @@
 """What a run would do and cost, told before it does it: `python -m pretrain.launch --explain ...`.
 
 What it reads is what the run itself reads: the declarations of the objectives, and a forward and backward of
-a few samples of its first batch. No run directory is made or changed.
+a few samples of its first batch. No run directory is made or changed; the stages are drawn beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datasets.tokens import Tokenizer
 from datasets.weights import weight_at
 from objectives.base import Objective
 from pretrain.blocks import blocks_of, recompute
-from pretrain.build import build_pretrainer, build_tokenizer, feeds_in
+from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, train_only
 from pretrain.cli import Command
 from pretrain.clipping import tower_of
 from pretrain.config import Run
@@ -33,6 +33,7 @@ from pretrain.precision import compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
 from pretrain.tables import giga, many, millions, share, table
+from pretrain.timeline import Row, described, draw, rows_of
 
 _SAMPLES = 16
 """Of a step that is measured, about."""
@@ -62,12 +63,11 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
     first = curriculum.stretches[0]
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives[first.name])
-    if run.precision.parameters == "bf16":
-        keep_in_bf16(pretrainer)
-    if run.spread.activation_checkpointing:
-        recompute(blocks_of(pretrainer.model))
+    _keep_less(run, pretrainer)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
     batches = _first_batches(run, curriculum, data, tokenizer, ranks)
+    rows = rows_of(run, curriculum, pretrainer, data.objectives, text_tokens=_words(batches))
+    train_only(pretrainer, run, first.name)
     size = max(2, _SAMPLES // len(batches))
     bench = Bench(
         pretrainer=pretrainer,
@@ -85,7 +85,8 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
     left = {name: _without(bench, names, name, alone) for name in names if len(names) > 1}
     largest = -(-first.batch // (ranks.world * len(batches)))
     return [
-        f"{' + '.join(names)} on {run.data}: {curriculum.steps:,} steps, {curriculum.samples:,} samples",
+        f"{' + '.join(names)} on {run.data}: {curriculum.steps:,} steps, {curriculum.samples:,} samples"
+        + (f"; what follows is of stage {first.name} as it begins" if len(run.stages) > 1 else ""),
         f"only told: nothing is trained, and {command.out} is left as it is",
         "",
         *table(
@@ -109,7 +110,7 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         "sources",
         *data.described(first),
         "",
-        *_stages(curriculum),
+        *_stages(command, rows, ranks),
     ]  # fmt: skip
 
 
@@ -118,22 +119,24 @@ def remarks(pretrainer: Pretrainer) -> list[str]:
     return [f"{name}: {each.remark}" for name, each in pretrainer.objectives.items() if each.remark]
 
 
-def _stages(curriculum: Curriculum) -> list[str]:
-    heads = ("stage", "steps", "samples", "pixels", "batch", "micro-batches", "optimizer", "lr")
-    rows = [
-        [
-            each.name,
-            f"{each.first:,}..{each.last:,}",
-            f"{(each.last - each.first) * each.batch:,}",
-            str(each.resolution),
-            f"{each.batch:,}",
-            str(each.micro_batches),
-            each.stage.optim.kind,
-            f"{each.stage.optim.lr:g}",
-        ]
-        for each in curriculum.stretches
-    ]
-    return table(heads, rows)
+def _keep_less(run: Run, pretrainer: Pretrainer) -> None:
+    if run.precision.parameters == "bf16":
+        keep_in_bf16(pretrainer)
+    if run.spread.activation_checkpointing:
+        recompute(blocks_of(pretrainer.model))
+
+
+def _stages(command: Command, rows: Sequence[Row], ranks: Ranks) -> list[str]:
+    """The timeline as a table, and as a picture beside the run directory."""
+    picture = command.out.with_name(f"{command.out.name}-timeline.png")
+    if ranks.zero:
+        draw(rows, picture)
+    return [*described(rows), f"drawn in {picture}"]
+
+
+def _words(batches: Sequence[Batch]) -> float:
+    """Tokens of the texts of a sample, on average."""
+    return sum(float(each.text_length.sum()) for each in batches) / sum(len(each.keys) for each in batches)
 
 
 def _without(bench: Bench, names: Sequence[str], name: str, alone: Mapping[str, Cost]) -> Cost:
@@ -192,14 +195,14 @@ def _objective(
     left: Cost | None,
     samples: int,
 ) -> list[str]:
-    objective = pretrainer.objectives[name]
+    objective, stage = pretrainer.objectives[name], next(iter(run.stages.values()))
     across = "pairs drawn" if objective.draws else "contrast" if objective.coupled else "no"
     fixed, each = alone.held
     return [
         name,
         _passes(objective),
         across,
-        f"{weight_at(run.objectives[name].weight, 0):g}",
+        f"{weight_at(stage.objectives.get(name, run.objectives[name].weight), 0):g}",
         millions(sum(one.numel() for one in objective.parameters())),
         giga(alone.flops),
         giga(whole.flops - left.flops) if left else giga(whole.flops),

@@ -1,5 +1,8 @@
 """--explain tells what a run does, and touches nothing; its figures are those of steps that are run."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,7 +76,10 @@ def test_a_run_is_told_and_nothing_is_written(capsys, tmp_path):
     assert row(text, "itc")[1:4] == ["image,", "text", "contrast"]
     assert row(text, "lm")[1:3] == ["decoded", "no"]
     assert row(text, "image")[-2:] == ["100%", "1"], "one run for both objectives"
-    assert row(text, "one") == ["one", "0..7", "168", "32", "24", "1", "muon", "0.004"]
+    one = re.split(r"  +", " ".join(row(text, "one")).replace(" ", "  ").replace(",  ", ", "))
+    assert one[:5] == ["one", "0..7", "168", "itc, lm", "data"]
+    assert one[5:7] + one[9:11] == ["32", "16", "24", "1"]
+    assert one[-3:] == ["muon", "0.004", "cosine"]
     assert "step: 24 samples on 1 process, 1 micro-batch on each" in text
     assert "100% captions of scenes (endless) for itc, lm" in text
 
@@ -174,3 +180,33 @@ def test_two_lines_sum_it_up():
     assert passes == "passes: itc reads image, text; lm reads decoded"
     assert parameters.startswith("parameters: ")
     assert parameters.endswith("100% trained")
+
+
+def test_the_stages_are_told_and_drawn(capsys, tmp_path):
+    """What differs from stage to stage and inside one: sizes, tokens, objectives, and what trains."""
+    recipe = Path(__file__).with_name("three_stages.py")
+    out = tmp_path / "three"
+    assert launch.main(["--recipe", str(recipe), "--explain", "--out", str(out)]) == launch.DONE
+    text = capsys.readouterr().out
+    assert not out.exists()
+    lines = text[text.index("  stage ") :].splitlines()
+    rows = [re.split(r"  +", line.strip()) for line in lines[1:5]]
+    assert [row[:4] for row in rows] == [
+        ["one", "0..6", "96", "lm"],
+        ["two", "6..10", "128", "itc, lm"],
+        ["two", "10..14", "64", "itc, lm"],
+        ["three", "14..18", "64", "itc, lm"],
+    ]
+    # Pixels, then tokens: a patch of 8 px each, and those of the captions.
+    assert [row[5] for row in rows] == ["16", "16", "24", "24"]
+    assert [row[6].split(" + ")[0] for row in rows] == ["4", "4", "9", "9"]
+    assert [row[7:9] for row in rows] == [["16", "1"], ["32", "1"], ["16", "2"], ["16", "1"]]
+    texts = float(rows[0][6].split(" + ")[1])
+    assert [float(row[9].replace(",", "")) for row in rows] == pytest.approx(
+        [batch * (image + texts) for batch, image in ((16, 4), (32, 4), (16, 9), (16, 9))], rel=0.005
+    )
+    assert [row[-1] for row in rows[1:]] == ["kept", "kept", "fresh"]
+    assert "22,433 (3%)" in lines[4]  # captioner, text tower and temperature; the image tower is frozen
+    picture = tmp_path / "three-timeline.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"drawn in {picture}" in text

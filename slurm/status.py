@@ -55,7 +55,9 @@ class Status:
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description="How runs are doing.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="directory of a run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="directory of a run, or of a sweep"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     try:
@@ -76,21 +78,24 @@ def statuses(runs: Sequence[Path], *, now: float) -> list[Status]:
     """What is known of each run.
 
     Args:
-        runs: their directories.
+        runs: their directories, or those that they lie in.
         now: Unix seconds.
 
     Raises:
-        UserError: one of them is no run.
+        UserError: there is none, or one cannot be read.
     """
-    read = [(root, _progress(root), list(jobs.read(root))) for root in runs]
+    below = [[root] if _is_run(root) else sorted(root.glob("*/")) for root in runs]
+    found = [root for several in below for root in several if _is_run(root)]
+    if not found:
+        named = " ".join(map(str, runs))
+        raise UserError(f"{named} is no run directory: it has no run.yaml, nor jobs that were submitted")
+    read = [(root, read_progress(root), list(jobs.read(root))) for root in found]
     queue = ask(job for _, progress, handed in read for job in _ids(progress, handed))
     return [_status(root, progress, handed, queue, now) for root, progress, handed in read]
 
 
-def _progress(root: Path) -> Progress:
-    if not any((root / name).exists() for name in ("run.yaml", "jobs.jsonl", "attempts.jsonl")):
-        raise UserError(f"{root} is no run directory: it has neither a run.yaml nor jobs that were submitted")
-    return read_progress(root)
+def _is_run(root: Path) -> bool:
+    return any((root / name).exists() for name in ("run.yaml", "jobs.jsonl", "attempts.jsonl"))
 
 
 def _ids(progress: Progress, handed: Sequence[jobs.Submitted]) -> list[str]:

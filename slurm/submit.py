@@ -84,7 +84,7 @@ def submit(request: Request, phases: Sequence[tuple[Request, list[Trial]]]) -> N
             started.append(handed[0].job_id.partition("_")[0])
             _say("job", f"{started[-1]}: {_size(asked, chosen)}{after}")
             _tell(asked, chosen, handed, code)
-    _say("watch", f"python -m slurm.status {shlex.join(str(trial.out) for trial in first)}")
+    _say("watch", f"python -m slurm.status {shlex.quote(str(top))}")
     _say("stop", f"{'kill' if request.executor == 'local' else 'scancel'} {' '.join(started)}")
 
 

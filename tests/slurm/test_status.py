@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,8 @@ def test_a_process_of_this_machine(run, monkeypatch):
     assert run.status.jobs == ()  # it is alive, and no job
     command = "import time; time.sleep(60)  # submitit"
     with subprocess.Popen([sys.executable, "-c", command]) as process:
+        while b"submitit" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # not yet what it will be
         run.submitted(str(process.pid), executor="local", host=os.uname().nodename)
         assert (run.status.state, run.status.why) == ("running", "on this machine")
         run.submitted(str(process.pid), executor="local", host="elsewhere")
@@ -224,7 +227,7 @@ def test_torn_and_missing_files(run, squeue, tmp_path, capsys):
 
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "is no run directory: it has neither a run.yaml" in capsys.readouterr().err
+    assert "is no run directory: it has no run.yaml" in capsys.readouterr().err
     (run.root / "run.yaml").write_text("stages: 3")
     assert main([str(run.root)]) == 2
     assert "run.yaml cannot be read as a run" in capsys.readouterr().err
@@ -246,6 +249,13 @@ def test_what_is_printed(run, squeue, tmp_path, capsys):
     assert "one    60 of 150  5,235" in second
     assert "3 d 11 h" in second
     assert "waiting (Priority)" in third
+
+
+def test_a_sweep_is_named_by_the_directory_of_its_runs(squeue, tmp_path):
+    (tmp_path / "sweep" / "code").mkdir(parents=True)
+    runs = [Directory(tmp_path / "sweep" / name).root for name in ("seed=0", "seed=1")]
+    assert [Path(each.run) for each in statuses([tmp_path / "sweep"], now=NOW)] == runs
+    assert [Path(each.run) for each in statuses(sorted(tmp_path.glob("sweep/*")), now=NOW)] == runs
 
 
 def test_it_is_there_at_once(run):

@@ -48,5 +48,5 @@ RUN_DIR=${RUN_DIR:-runs/stages}
 # Starts a command again where it crashes; where it was interrupted and has saved, the whole job. In place of
 # this shell, which signals for the job would end before the command has saved.
 supervise() {
-    exec python -m pretrain.supervise --out "$RUN_DIR" -- "$@"
+    exec python -m pretrain.supervise -- "$@"
 }

@@ -4,10 +4,10 @@
         job = cluster.submit("slurm/stage1.sh", "--recipe", "tiny.py", options=["--nodes=2"])
         job.wait("COMPLETED")
 
-Each node is a `slurmd` of one CPU on this machine, as Slurm's own tests do it; two partitions, of which jobs
-in `high` preempt those in `low` with 20 seconds of grace. Everything, also what jobs leave behind, descends
-from one keeper process, which ends all of it when the cluster is left or whoever started it dies.
-Needs root, and the Debian packages slurm-wlm and munge.
+Each node is a `slurmd` on this machine, as Slurm's own tests do it, and belongs to one job at a time. There
+are two partitions; jobs in `high` preempt those in `low`, which then have 20 seconds. Everything, also what
+jobs leave behind, descends from one keeper process, which ends all of it when the cluster is left or whoever
+started it dies. Needs root, and the Debian packages slurm-wlm and munge.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+PartitionName=DEFAULT Nodes=ALL OverSubscribe=EXCLUSIVE
+PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=high PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -189,6 +190,21 @@ class Cluster:
         self._keeper.stdin.flush()
         self._told()
 
+    def settle(self) -> None:
+        """End every job, bring lost nodes back, and wait until all are idle."""
+        jobs = self.run("squeue", "--noheader", "--format=%A").split()
+        if jobs:
+            self.run("scancel", *jobs)
+        for each in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(each.id, signal.SIGKILL)
+        for node in self.nodes:
+            daemon = Process.read(int((self.folder / f"{node}.pid").read_text()))
+            if daemon is None or daemon.variables.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+                self.return_node(node)
+        for node in self.nodes:
+            self.wait_for(lambda node=node: self.state(node) == "IDLE", f"{node} to be idle")
+
     def processes(self) -> list[Process]:
         """What jobs of this cluster run, at this moment."""
         ours = (Process.read(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
@@ -201,7 +217,7 @@ class Cluster:
             and "SLURM_JOB_ID" in each.variables
         ]
 
-    def wait_for(self, condition: Callable[[], object], what: str, *, seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str, *, seconds: float = 120) -> None:
         """Wait until something holds.
 
         Raises:
@@ -219,7 +235,7 @@ class Cluster:
         controller, *ports = _free_ports(1 + len(self.nodes))
         host = socket.gethostname().partition(".")[0]
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2"
             for node, port in zip(self.nodes, ports, strict=True)
         )
         text = _CONFIGURATION.format(
@@ -266,7 +282,7 @@ class Job:
         path = Path(self.show()["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, *states: str, seconds: float = 60) -> None:
+    def wait(self, *states: str, seconds: float = 120) -> None:
         """Wait until it is in one of these states.
 
         Raises:
@@ -280,6 +296,12 @@ class Job:
             error.add_note(f"{self.show()}\n{self.output[-6000:]}")
             raise
 
+    def hasten(self) -> None:
+        """Start it as soon as it can be, where a time is all it waits for."""
+        shown = self.show()
+        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
+            self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
     def signal(self, name: str) -> None:
         """Send the tasks of all its ranks a signal, as Slurm does before a time limit."""
         self.cluster.run("scancel", f"--signal={name}", str(self.id))
@@ -288,18 +310,13 @@ class Job:
         """What a user does who wants it no more."""
         self.cluster.run("scancel", str(self.id))
 
-    def task(self, rank: int) -> Process:
-        """The process of a rank.
-
-        Raises:
-            LookupError: it has none now.
-        """
-        for each in self.cluster.processes():
-            mine = each.variables["SLURM_JOB_ID"] == str(self.id)
-            # The batch script has the rank 0 too, and is no step.
-            if mine and each.variables.get("SLURM_PROCID") == str(rank) and "SLURM_STEP_ID" in each.variables:
-                return each
-        raise LookupError(f"job {self.id} has no rank {rank} now")
+    def tasks(self) -> dict[int, Process]:
+        """The processes of its ranks, at this moment; without what these have started themselves."""
+        mine = [each for each in self.cluster.processes() if each.variables["SLURM_JOB_ID"] == str(self.id)]
+        # The batch script has the rank 0 too, and is no step.
+        tasks = [each for each in mine if "SLURM_STEP_ID" in each.variables]
+        others = {each.id for each in tasks}
+        return {int(each.variables["SLURM_PROCID"]): each for each in tasks if each.parent not in others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +326,11 @@ class Process:
     id: int
     parent: int
     variables: dict[str, str]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return Path(f"/proc/{self.id}").exists()
 
     @classmethod
     def read(cls, number: int) -> Process | None:

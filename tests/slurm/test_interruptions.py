@@ -1,0 +1,184 @@
+"""Both batch scripts under a real Slurm, through whatever ends a job: nothing is lost.
+
+After each, the ledger (which samples, which loss, which gradient norm, step by step) is that of a run that
+nothing interrupted, to the bit. After a signal no step is done twice; after a crash at most those since the
+last checkpoint, of which there is one every 10 steps.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+QUICK = "0.2,0.02"
+"""Seconds that a step takes longer: at the first start enough to be met in its middle, then hardly any."""
+
+
+def is_clean(output: str) -> bool:
+    """Whether no rank says anything of a crash. Slurm itself calls everything an error."""
+    ours = [line for line in output.splitlines() if not line.startswith(("srun:", "slurmstepd-"))]
+    return not any(word in line for line in ours for word in ("Traceback", "Error", "error:", "Segmentation"))
+
+
+def test_stage_two_follows_stage_one_through_the_signal_of_its_time_limit(training):
+    """Submitted together; one is requeued, which keeps the other waiting; then that one is terminated."""
+    one = training.submit("stage1", pace=QUICK)
+    two = training.submit("stage2", pace=QUICK, options=(f"--dependency=afterok:{one.id}",))
+    training.wait_for_step(12)
+    one.signal("USR2")
+    training.finish(one)
+    assert one.restarts == 1
+    training.wait_for_step(46)
+    two.signal("TERM")
+    training.finish(two, steps=60)
+    assert two.restarts == 1
+    assert training.lost == [0, 0, 0, 0]
+    assert is_clean(one.output), one.output
+    assert is_clean(two.output), two.output
+
+
+def test_its_time_limit_comes(training):
+    """Two minutes, of whose end Slurm warns 75 seconds before or earlier. Nobody hastens what follows."""
+    job = training.submit("stage1", pace="1.2,0", options=("--time=2", "--signal=USR2@75"))
+    training.finish(job, hasten=False)
+    assert 1 <= job.restarts <= 3  # where two cores have other things to do, a minute is soon over
+    assert sum(training.lost) == 0
+    assert is_clean(job.output), job.output
+
+
+def test_a_signal_reaches_one_rank_only(training):
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    os.kill(job.tasks()[1].id, signal.SIGTERM)
+    training.finish(job)
+    assert job.restarts == 1
+    assert training.lost == [0, 0]
+    assert is_clean(job.output), job.output
+
+
+def test_a_signal_comes_before_anything_is_trained(training):
+    job = training.submit("stage1", pace="0")
+    training.cluster.wait_for(lambda: job.tasks(), "the ranks")
+    job.signal("TERM")
+    training.finish(job)
+    assert job.restarts == 1
+    assert sum(training.lost) == 0
+    assert is_clean(job.output), job.output
+
+
+def test_a_job_of_a_higher_partition_takes_its_nodes(training, tmp_path):
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/sh\nsleep 2\n")
+    options = ("--partition=high", "--nodes=2", f"--output={tmp_path}/urgent.out")
+    above = training.cluster.submit(urgent, options=options)
+    above.wait("RUNNING", "COMPLETED", seconds=30)
+    assert job.state == "PENDING"
+    training.finish(job)
+    assert above.state == "COMPLETED"
+    assert job.restarts == 1
+    assert training.lost == [0, 0]
+    assert is_clean(job.output), job.output
+
+
+def test_a_rank_is_killed(training):
+    """The job stays, and so do its nodes."""
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    os.kill(job.tasks()[1].id, signal.SIGKILL)
+    training.finish(job)
+    assert job.restarts == 0
+    assert len(training.lost) == 2
+    assert 0 < sum(training.lost) <= 10
+
+
+def test_a_node_is_lost(training):
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    lost = time.monotonic()
+    training.cluster.kill_node("m2", jobs=True)
+    training.cluster.wait_for(lambda: job.restarts == 1, "the job to be requeued")
+    assert time.monotonic() - lost < 45
+    training.cluster.return_node("m2")
+    training.finish(job)
+    assert job.restarts == 1
+    assert len(training.lost) >= 2
+    assert sum(training.lost) <= 10 * len(training.lost)
+
+
+def test_a_node_is_lost_and_what_ran_on_it_goes_on(training):
+    """All ranks with it. The job is started on the other node; the old ranks write no more, and leave."""
+    options = ("--nodes=1", "--ntasks-per-node=2")
+    job = training.submit("stage1", pace="3,0.02", options=options)
+    training.wait_for_step(2)
+    zombies = [job.tasks()[0], job.tasks()[1]]
+    node = zombies[0].variables["SLURMD_NODENAME"]
+    training.cluster.kill_node(node, jobs=False)
+    training.cluster.wait_for(lambda: job.restarts == 1, "the job to be requeued")
+    assert all(zombie.alive for zombie in zombies)
+    training.finish(job)
+    training.cluster.wait_for(lambda: not any(zombie.alive for zombie in zombies), "the old ranks to leave")
+    assert job.restarts == 1
+    assert job.show()["NodeList"] != node
+    assert sum(training.lost) <= 30  # what the old ranks had done since the last checkpoint before they left
+
+
+def test_six_short_segments(training):
+    job = training.submit("stage1", pace="0.3,0.3,0.3,0.3,0.3,0")
+    for segment in range(5):
+        training.wait_for_step(6 * (segment + 1), starts=segment + 1)
+        job.signal("USR2")
+        training.cluster.wait_for(lambda done=segment + 1: job.restarts == done, "the next segment")
+        job.hasten()
+    training.finish(job)
+    assert job.restarts == 5
+    assert training.lost == [0] * 6
+    assert is_clean(job.output), job.output
+
+
+def test_its_user_wants_it_no_more(training):
+    """What was done is saved, it is not started again, and the same command goes on."""
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    job.cancel()
+    job.wait("CANCELLED")
+    done = len(training.ledger)
+    assert job.restarts == 0
+    assert done < 40
+    again = training.submit("stage1", pace="0")
+    training.finish(again)
+    assert training.lost == [0, 0]
+    assert job.state == "CANCELLED"
+    assert is_clean(again.output), again.output
+
+
+def test_slurm_does_not_answer_at_first(training, tmp_path):
+    """scontrol fails twice, as it does while a controller restarts."""
+    shim = tmp_path / "bin" / "scontrol"
+    shim.parent.mkdir()
+    shim.write_text(
+        f'#!/bin/sh\nif [ "$1" = requeue ] && [ ! -e {tmp_path}/twice ]; then\n'
+        f"  [ -e {tmp_path}/once ] && : > {tmp_path}/twice\n  : > {tmp_path}/once\n"
+        '  echo "Unable to contact slurm controller" >&2; exit 1\nfi\nexec /usr/bin/scontrol "$@"\n'
+    )
+    shim.chmod(0o755)
+    job = training.submit("stage1", pace=QUICK, path=str(shim.parent))
+    training.wait_for_step(15)
+    job.signal("USR2")
+    training.finish(job)
+    assert (tmp_path / "twice").exists()
+    assert job.restarts == 1
+    assert training.lost == [0, 0]
+
+
+def test_a_mistake_is_not_tried_again(training):
+    job = training.submit("stage2", pace="0")
+    job.wait("FAILED")
+    assert job.show()["ExitCode"] == "2:0"
+    assert job.restarts == 0
+    assert [line for line in job.output.splitlines() if "error: " in line] != []
+    assert "Traceback" not in job.output

@@ -56,22 +56,7 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
     """
     try:
         command = parse(arguments)
-        if command.plan is not None:
-            from pretrain.plan.command import plan
-
-            sys.stdout.writelines(f"{line}\n" for line in plan(command))
-            return DONE
-        with (
-            Preemption() if preemption is None else nullcontext(preemption) as preemption,
-            join_ranks(command.out, asked=preemption.asked) as ranks,
-        ):
-            if sentence := alone_among():
-                say(sentence)
-            code = launch(command, ranks, preemption)
-            if code == INTERRUPTED:
-                give(Verdict(code=code, reason=f"{preemption.requested or 'another rank'} asked to stop"))
-            ranks.wait()  # srun ends all tasks as soon as one has left with another code than 0
-            return code
+        return _plan(command) if command.plan is not None else _joined(command, preemption)
     except LeftError:
         give(Verdict(code=INTERRUPTED, reason="asked to stop before all ranks had come"))
         return INTERRUPTED
@@ -90,6 +75,29 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
     except Exception as error:
         _crash(error)
         raise
+
+
+def _plan(command: Command) -> int:
+    """Print what the run would take; no other rank is needed."""
+    from pretrain.plan.command import plan
+
+    sys.stdout.writelines(f"{line}\n" for line in plan(command))
+    return DONE
+
+
+def _joined(command: Command, preemption: Preemption | None) -> int:
+    """Run among all ranks."""
+    with (
+        Preemption() if preemption is None else nullcontext(preemption) as preemption,
+        join_ranks(command.out, asked=preemption.asked) as ranks,
+    ):
+        if sentence := alone_among():
+            say(sentence)
+        code = launch(command, ranks, preemption)
+        if code == INTERRUPTED:
+            give(Verdict(code=code, reason=f"{preemption.requested or 'another rank'} asked to stop"))
+        ranks.wait()  # srun ends all tasks as soon as one has left with another code than 0
+        return code
 
 
 def _mistake(sentence: str) -> int:

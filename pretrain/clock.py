@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -47,6 +47,16 @@ class Reading:
     """What 99 of 100 steps of the window do not exceed."""
 
 
+class Watch(Protocol):
+    """Who follows where the training thread stands."""
+
+    def mark(self, doing: str, *, timed: bool) -> None:
+        """It begins something; `timed` where that has to end soon."""
+
+    def stepped(self) -> None:
+        """A step has ended."""
+
+
 class Clock:
     """Training time of one process, from when it is made.
 
@@ -58,13 +68,22 @@ class Clock:
         with clock.pause(): save(...)
     """
 
-    def __init__(self, *, window: int = 50, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        window: int = 50,
+        now: Callable[[], float] = time.perf_counter,
+        watch: Watch | None = None,
+    ) -> None:
         """Start.
 
         Args:
             window: steps that the sliding figures look back on.
             now: seconds, from any origin.
+            watch: told what has begun.
         """
+        self._watch = watch
+        self._warm = False
         self._now = now
         self._start = now()
         self._paused = 0.0
@@ -76,9 +95,12 @@ class Clock:
     def waiting(self, *, cold: bool = False) -> Iterator[None]:
         """Time inside is spent waiting for data; `cold` where nothing could be read ahead."""
         begin = self._now()
+        self._warm &= not cold
+        self._begins("waiting for data")
         try:
             yield
         finally:
+            self._begins("in a step")
             took = self._now() - begin
             self._waited += took
             self._cold += took if cold else 0.0
@@ -87,9 +109,13 @@ class Clock:
     def pause(self) -> Iterator[None]:
         """Time inside (an evaluation, a checkpoint) is not training time."""
         begin = self._now()
+        warm, self._warm = self._warm, False
+        self._begins("saving or judging")
         try:
             yield
         finally:
+            self._warm = warm
+            self._begins("in a step")
             self._paused += self._now() - begin
 
     def step(self, samples: int) -> None:
@@ -98,8 +124,17 @@ class Clock:
         Args:
             samples: images of its global batch.
         """
+        self._warm = True
+        if self._watch is not None:
+            self._watch.stepped()
+        self._begins("between two steps")
         seconds = self._now() - self._start - self._paused
         self._marks.append(_Mark(seconds, self._waited, self._cold, self._marks[-1].samples + samples))
+
+    def _begins(self, doing: str) -> None:
+        """Tell whoever watches. The first step after everything was built may take as long as it likes."""
+        if self._watch is not None:
+            self._watch.mark(doing, timed=self._warm)
 
     def read(self, *, remaining: int) -> Reading:
         """The figures as of the last step.

@@ -22,6 +22,7 @@ from pretrain.precision import Precision
 from pretrain.quarantine import Budget
 from pretrain.sinks.mirrored import Wandb
 from pretrain.stage import Stage
+from pretrain.watchdog import Patience
 from pretrain.zoo.models import ModelConfig
 
 
@@ -94,6 +95,8 @@ class Run:
     """Threads of each rank that read and decode ahead."""
     remote: Remote = field(default_factory=Remote)
     """How shards of a network are fetched."""
+    watchdog: Patience = field(default_factory=Patience)
+    """When a run that hangs is given up."""
     bad: Budget = field(default_factory=Budget)
     """How many samples may be unreadable, and steps not finite, before the run stops."""
     seed: int = 0
@@ -127,6 +130,7 @@ class Run:
             elastic=self.deterministic == "elastic",
         )
         self.remote.check()
+        self.watchdog.check()
         self.bad.check()
         least = {
             "--cadence.report": (self.cadence.report, 1),

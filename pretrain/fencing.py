@@ -82,6 +82,11 @@ def hold(out: Path, token: str) -> None:
     _held[out.absolute()] = token
 
 
+def token_of(out: Path) -> str:
+    """The token that this process writes with in a directory; empty for none."""
+    return _held.get(out.absolute(), "")
+
+
 def leave(out: Path, token: str) -> None:
     """The end of `hold`."""
     if _held.get(out.absolute()) == token:

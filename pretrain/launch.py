@@ -1,7 +1,8 @@
 """Train: `python -m pretrain.launch --objectives itc,lm`, or the same under torchrun.
 
 Reads the command line, builds everything in the order data flows, trains from where the run stands, and
-says what came of it. Exit codes: 0 done, 75 interrupted and saved, 2 the user can mend it.
+says what came of it. Exit codes: 0 done, 75 interrupted and saved, 2 the user can mend
+it, 70 it hung, anything else a crash.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from pretrain import fencing, preempt
 from pretrain.preempt import Preemption
@@ -25,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from datasets.errors import UserError
+from datasets.shards.tars import Tars
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
 from pretrain.curriculum import Curriculum
@@ -41,9 +43,13 @@ from pretrain.prepare import build, claim, say
 from pretrain.rendezvous import LeftError
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
+from pretrain.training import Training
 from pretrain.verdict import Verdict, give
+from pretrain.watchdog import Watchdog
 
 DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
+_COMPILING = 600.0
+"""Seconds that a step with torch.compile may take."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -55,25 +61,44 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
         preemption: where signals are noted already; by default from now on.
     """
     try:
-        command = parse(arguments)
+        command = _parsed(arguments)
         return _plan(command) if command.plan is not None else _joined(command, preemption)
     except LeftError:
         give(Verdict(code=INTERRUPTED, reason="asked to stop before all ranks had come"))
         return INTERRUPTED
     except SaidByRankZeroError:
         return USER_ERROR
-    except UserError as error:
-        return _mistake(str(error))
     except (fencing.FencedError, RankZeroFailedError) as error:
         sys.stderr.write(f"rank {place_here().rank}: {error}\n")
         return CRASH
-    except OSError as error:
-        if error.errno not in _STORAGE:
-            _crash(error)
-            raise
-        return _mistake(f"{error.strerror}: {error.filename or 'the run directory'}")
     except Exception as error:
-        _crash(error)
+        code = _told(error)
+        if code is None:
+            raise
+        return code
+
+
+def _told(error: Exception) -> int | None:
+    """Say in a sentence why this rank leaves, and its exit code; None for a crash that is its own."""
+    mine = _verdict(error)
+    first = give(mine)
+    if mine.code == USER_ERROR:
+        sys.stderr.write(f"error: {mine.reason}\n")
+        return USER_ERROR
+    if first == mine:
+        return None
+    # Its end closed our connections: what is raised here is only that.
+    sys.stderr.write(f"rank {mine.rank}: leaves because of rank {first.rank}: {first.reason}\n")
+    return first.code
+
+
+def _parsed(arguments: Sequence[str]) -> Command:
+    """The command, which tyro may refuse in words of its own."""
+    try:
+        return parse(arguments)
+    except SystemExit as refusal:
+        if refusal.code == USER_ERROR:
+            give(Verdict(code=USER_ERROR, reason="the command line was refused", rank=place_here().rank))
         raise
 
 
@@ -93,21 +118,35 @@ def _joined(command: Command, preemption: Preemption | None) -> int:
     ):
         if sentence := alone_among():
             say(sentence)
-        code = launch(command, ranks, preemption)
+        with _spoken():
+            code = launch(command, ranks, preemption)
         if code == INTERRUPTED:
             give(Verdict(code=code, reason=f"{preemption.requested or 'another rank'} asked to stop"))
         ranks.wait()  # srun ends all tasks as soon as one has left with another code than 0
         return code
 
 
-def _mistake(sentence: str) -> int:
-    sys.stderr.write(f"error: {sentence}\n")
-    give(Verdict(code=USER_ERROR, reason=sentence, rank=place_here().rank))
-    return USER_ERROR
+@contextmanager
+def _spoken() -> Generator[None]:
+    """Who fails says so before its connections close, which is all that the others would know."""
+    try:
+        yield
+    except (SaidByRankZeroError, RankZeroFailedError, fencing.FencedError):
+        raise
+    except Exception as error:
+        give(_verdict(error))
+        raise
 
 
-def _crash(error: Exception) -> None:
-    give(Verdict(code=CRASH, reason=f"{type(error).__name__}: {error}", rank=place_here().rank))
+def _verdict(error: Exception) -> Verdict:
+    rank = place_here().rank
+    if isinstance(error, UserError):
+        return Verdict(code=USER_ERROR, reason=str(error), rank=rank)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        where = error.filename or "the run directory"
+        return Verdict(code=USER_ERROR, reason=f"{error.strerror}: {where}", rank=rank)
+    words = " ".join(str(error).split()) or "no more is known"
+    return Verdict(code=CRASH, reason=f"{type(error).__name__}: {words}", rank=rank)
 
 
 def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
@@ -165,9 +204,13 @@ def train_stage(
         settle_threads(threads, kept=rundir.threads, step=step)
         training.stopwatch.peak = matmul_peak(training.setup.compute)
         training.stopwatch.take()  # what was rehearsed was no step
-        training.clock = Clock()
-        outcome = train(training, preemption)
-        show(training)
+        with _watchdog(training) as watchdog:
+            training.clock = Clock(watch=watchdog)
+            outcome = train(training, preemption)
+        # Whoever ends a job gives it seconds: pages can be written any time, and what is saved can be seen.
+        training.hurried = outcome == "interrupted" and preemption.requested != "SIGINT"
+        if not training.hurried:
+            show(training)
         if outcome == "interrupted":
             training.sink.note(
                 f"{preemption.requested or 'another rank'} asked to stop: step {training.standing.step} is "
@@ -175,6 +218,17 @@ def train_stage(
             )
             return INTERRUPTED
         return DONE
+
+
+def _watchdog(training: Training) -> Watchdog:
+    """Who ends this rank when its steps no longer end."""
+    run, ranks = training.run, training.ranks
+    remote = any(isinstance(feed.source, Tars) and feed.source.remote for feed in training.feeds)
+    least = max(
+        run.watchdog.least + (run.remote.deadline if remote else 0.0),
+        _COMPILING if run.spread.compile else 0.0,  # also in a later step, for a shape it has not met
+    )
+    return Watchdog(training.rundir.root, rank=ranks.rank, world=ranks.world, least=least)
 
 
 def _stops(ranks: Ranks, preemption: Preemption) -> bool:

@@ -53,7 +53,8 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                     **training.saver.asks(),
                 }
                 agreed = agree(training.setup, batches, asking=asking)
-                training.saver.settle(agreed.sums)
+                with training.clock.pause():
+                    training.saver.settle(agreed.sums)
                 if agreed.sums["stop"]:
                     check_sound(training, stretch)
                     save(training, last=True)
@@ -62,7 +63,8 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 fault = _one_step(training, stretch, portion, batches, agreed)
                 _advance(training, stretch, portion, faults, fault)
                 if fault is not None:
-                    answer(training, stretch, batches, fault)
+                    with training.clock.pause():
+                        answer(training, stretch, batches, fault)
 
                 # Once in a while.
                 done = step + 1

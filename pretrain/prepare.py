@@ -163,7 +163,7 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
     cut(rundir.faults, after=standing.step)
     sinks: list[Sink] = [screen, JsonLines(rundir.metrics, after=standing.step)]
     if run.wandb.wanted() != "disabled":
-        sinks.append(Mirrored(rundir, say=screen.note))
+        sinks.append(Mirrored(rundir, say=screen.note, hurried=lambda: training.hurried))
     training.sink = Fanout(sinks)
     stack.callback(training.sink.close)
 

@@ -23,7 +23,7 @@ from objectives.base import Objective
 from pretrain.config import Run
 from pretrain.zoo.models import ModelConfig, model_config_class, model_kind_of
 
-BUDGETS = ("bad", "cadence", "eval", "loader_threads", "remote", "spread", "val", "wandb")
+BUDGETS = ("bad", "cadence", "eval", "loader_threads", "remote", "spread", "val", "wandb", "watchdog")
 """Keys of a run that may change from one start to the next, beside the steps of its stages."""
 
 CHANGEABLE = ("deterministic", "pool", "precision", "seed", "shuffle", "sources", "stages")

@@ -64,6 +64,8 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
+    hurried: bool = False
+    """Whether a scheduler is about to end the process."""
     quarantine: Quarantine | None = None
     """The samples that could not be read; rank zero's."""
     saver: Saver = field(init=False)

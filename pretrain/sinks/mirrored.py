@@ -24,6 +24,8 @@ from pretrain.rundir import RunDir
 
 PATIENCE = 30.0
 """Seconds that the end of a run waits for the last uploads, where there is a server that takes them."""
+_HURRIED = 3.0
+"""The same, where a scheduler is about to end the process."""
 _LAST_MOMENT = 1.0
 """Seconds that a mirror has to end when it has said all that it will say."""
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -79,14 +81,17 @@ def settings_of(rundir: RunDir) -> Wandb:
 class Mirrored:
     """The sink that starts the mirror and ends it; the mirror reads the records from the run directory."""
 
-    def __init__(self, rundir: RunDir, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, rundir: RunDir, *, say: Callable[[str], None], hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         """Start the mirror; its first words come later, with some report.
 
         Args:
             rundir: a directory whose run.yaml and metrics.jsonl are those of this start.
             say: takes each sentence of the mirror.
+            hurried: whether the end must not wait for uploads; the next start sends them.
         """
-        self._say = say
+        self._say, self._hurried = say, hurried
         self._log = rundir.wandb / "mirror.log"
         self._begun = b""
         self._failure_told = False
@@ -121,7 +126,7 @@ class Mirrored:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + (_HURRIED if self._hurried() else PATIENCE)
         while self._relay():
             left = end - time.monotonic()
             if left <= 0:

@@ -1,0 +1,184 @@
+"""The watchdog on its own, with steps of milliseconds. Real runs that hang are in test_contract.py."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from datasets.errors import UserError
+from pretrain import fencing
+from pretrain.clock import Clock
+from pretrain.watchdog import FENCED, HUNG, Beat, Patience, Watchdog
+
+LEAST = 0.6
+
+
+class Ended:
+    """Takes the place of the end of the process."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self._event = threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.code = code
+        self._event.set()
+
+    def within(self, seconds: float) -> bool:
+        return self._event.wait(seconds)
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """Starts a watchdog of a rank; the clock that feeds it and how it ended."""
+    fencing.hold(tmp_path, "token")
+    (tmp_path / "lock").write_text('process 1 on here\n{"token": "token"}\n')
+    entered: list[Watchdog] = []
+
+    def start(rank: int = 0, world: int = 1, least: float = LEAST) -> tuple[Clock, Ended]:
+        ended = Ended()
+        dog = Watchdog(tmp_path, rank=rank, world=world, least=least, end=ended)
+        entered.append(dog.__enter__())
+        return Clock(watch=dog), ended
+
+    yield start
+    for dog in entered:
+        dog.__exit__()
+    fencing.leave(tmp_path, "token")
+
+
+def steps(clock: Clock, count: int, seconds: float = 0.01) -> None:
+    for step in range(count):
+        with clock.waiting(cold=step == 0):
+            pass
+        time.sleep(seconds)
+        clock.step(8)
+
+
+def beat_of(out: Path, rank: int, *, marks: int, doing: str = "in a step", age: float = 0.0) -> None:
+    beat = {
+        "token": "token",
+        "node": f"node{rank}",
+        "marks": marks,
+        "doing": doing,
+        "time": time.time() - age,
+    }
+    (out / "heartbeats").mkdir(exist_ok=True)
+    (out / "heartbeats" / f"rank-{rank}").write_text(json.dumps(beat))
+
+
+def test_steps_that_end_are_left_alone_and_a_thread_of_its_own_says_so(watch, tmp_path):
+    clock, ended = watch()
+    for _ in range(10):
+        steps(clock, 10)
+    assert ended.code is None
+    beat = Beat(**json.loads((tmp_path / "heartbeats" / "rank-0").read_text()))
+    assert (beat.token, beat.marks > 100) == ("token", True)
+
+
+def test_a_step_that_does_not_end_ends_the_process_with_all_stacks(watch, tmp_path, capsys):
+    clock, ended = watch()
+    steps(clock, 3)
+    with clock.waiting():
+        assert ended.within(20)
+    assert ended.code == HUNG
+    said = capsys.readouterr().err
+    assert "the run hangs (waiting for data for" in said
+    assert "no rank is behind the others" in said
+    stacks = (tmp_path / "stacks" / "rank-0.txt").read_text()
+    assert stacks.startswith("rank 0 on ")
+    assert "in test_a_step_that_does_not_end_ends_the_process_with_all_stacks" in stacks
+    assert "in _give_up" in stacks
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_rank_that_holds_up_the_others_is_named(watch, tmp_path, capsys, silent):
+    clock, ended = watch(rank=1, world=3)
+    steps(clock, 3)
+    beat_of(tmp_path, 0, marks=3, age=50.0 if silent else 0.0, doing="waiting for data")
+    beat_of(tmp_path, 2, marks=10, age=-0.5)
+    with clock.waiting():
+        assert ended.within(20)
+    said = capsys.readouterr().err
+    assert "rank 0 on node0 (" in said
+    assert ("no sign of life for 5" if silent else "(waiting for data)") in said
+    assert "rank 2 on" not in said
+
+
+@pytest.mark.parametrize("moment", ["pause", "cold", "first step"])
+def test_what_may_take_long_does(watch, moment):
+    """An evaluation or a checkpoint, the first batch, and the compilation in the first step."""
+    clock, ended = watch()
+    if moment == "pause":
+        steps(clock, 3)
+        with clock.pause():
+            assert not ended.within(2 * LEAST)
+    elif moment == "cold":
+        steps(clock, 3)
+        with clock.waiting(cold=True):
+            assert not ended.within(2 * LEAST)
+    else:
+        with clock.waiting(cold=True):
+            pass
+        assert not ended.within(2 * LEAST)
+    clock.step(8)
+    assert ended.within(20), "after it, steps are timed again"
+
+
+def test_where_steps_are_slow_it_waits_ten_of_them(watch):
+    clock, ended = watch(least=0.2)
+    steps(clock, 4, seconds=0.15)
+    assert not ended.within(1.0)
+    assert ended.within(20)
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(watch, monkeypatch):
+    """As its thread sees it: it slept for a moment, and an hour has passed."""
+    clock, ended = watch(least=3.0)
+    steps(clock, 3)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
+    assert not ended.within(1.5)
+    assert ended.within(20), "and then it does"
+
+
+def test_in_a_pause_a_rank_without_a_sign_of_life_is_missed(watch, tmp_path, capsys):
+    clock, ended = watch(rank=0, world=2)
+    beat_of(tmp_path, 1, marks=3)
+    with clock.pause():
+        assert ended.within(20)
+    assert ended.code == HUNG
+    assert "rank 1 on node1 (no sign of life for" in capsys.readouterr().err
+
+
+def test_signs_of_life_of_an_earlier_start_are_nobodys(watch, tmp_path):
+    clock, ended = watch(rank=0, world=2)
+    beat_of(tmp_path, 1, marks=3)
+    path = tmp_path / "heartbeats" / "rank-1"
+    path.write_text(path.read_text().replace('"token": "token"', '"token": "old"'))
+    with clock.pause():
+        assert not ended.within(4 * LEAST)
+
+
+def test_a_rank_that_was_fenced_off_leaves_also_when_it_hangs(watch, tmp_path, capsys):
+    clock, ended = watch()
+    before = tmp_path / "heartbeats" / "rank-0"
+    steps(clock, 20)
+    (tmp_path / "lock").write_text('process 2 on there\n{"token": "other"}\n')
+    with clock.pause():
+        assert ended.within(20)
+    assert ended.code == FENCED
+    said = capsys.readouterr().err
+    assert "was taken over by process 2 on there" in said
+    stamp = before.read_text()
+    time.sleep(0.2)
+    assert before.read_text() == stamp
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_patience_that_is_no_time_is_refused(least):
+    with pytest.raises(UserError, match="--watchdog"):
+        Patience(least=least).check()

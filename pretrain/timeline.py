@@ -153,9 +153,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             color=_LINE,
         )
     rates.set_yscale("log")
+    peaks = [row.stretch.stage.optim.lr for row in rows]
+    rates.set_ylim(min(peaks) / 1e2, 2 * max(peaks))  # a cosine ends at nothing
     rates.set_ylabel("learning rate", color=_LINE)
     rates.set_xlabel("optimizer steps")
     rates.set_xlim(0, rows[-1].stretch.last)
+    rates.xaxis.set_major_formatter("{x:,.0f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

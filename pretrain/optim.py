@@ -148,8 +148,10 @@ def build_optimizer(
     the temperatures, which do not decay. These have a group of their own, because a fused step takes no
     shards beside what is not sharded.
 
-    AdamW is torch's, fused. With an update clip it is timm's, which clips; the others are timm's too: Muon
-    at AdamW's scale of learning rates, LAMB without a clip of its own.
+    AdamW is torch's, fused. With an update clip it is timm's, which is not fused, and clips as StableAdamW
+    does but for the decay, which it leaves as it is; torch has no such clip outside of its Adafactor. The
+    others are timm's too: Muon at AdamW's scale of learning rates, LAMB without a clip of its own. Of
+    shards, Adafactor gathers one gradient at a time, for its means over rows and columns.
 
     Args:
         module: wrapped, as it will be trained.

@@ -6,6 +6,7 @@ what still runs of it and holds it back for two minutes, which is cut short here
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import time
@@ -16,6 +17,7 @@ from itertools import chain, repeat
 from pretrain.place import Job
 
 _FIELD = re.compile(r"(\w+)=(\S*)")
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)")
 _CALL = 30.0
 """Seconds after which a call that hangs is given up and made again."""
 _SOON = 10
@@ -94,13 +96,29 @@ class Failure:
 
 def _refusal(job: str, state: dict[str, str]) -> str | None:
     """Why the job may not or should not go back, if so."""
-    if state.get("JobState") == "CANCELLED":
+    if _is_cancelled(state):
         return f"job {job} was cancelled: it stays so"
     if state.get("BatchFlag") == "0":
         return f"job {job} has no batch script that could be started again: start the same command again"
     if state.get("Requeue") == "0":
         return f"job {job} may not be requeued: submit it with --requeue, or submit it again"
     return None
+
+
+def _is_cancelled(state: dict[str, str]) -> bool:
+    """Whether a user ended it. Until it has ended it is COMPLETING, as one is after its time limit."""
+    if state.get("JobState") == "COMPLETING":
+        return _seconds(state.get("RunTime", "")) < _seconds(state.get("TimeLimit", ""))
+    return state.get("JobState") == "CANCELLED"
+
+
+def _seconds(duration: str) -> float:
+    """Of [DAYS-]HH:MM:SS; endless for a word, such as UNLIMITED."""
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _show(job: str, end: float) -> dict[str, str] | None:

@@ -153,6 +153,11 @@ def test_outside_slurm_it_only_says_that_it_was_interrupted(tmp_path):
     ("answer", "sentence"),
     [
         ("JobState=CANCELLED Requeue=1 BatchFlag=1", "job 7 was cancelled: it stays so"),
+        (
+            "JobState=COMPLETING RunTime=00:59:59 TimeLimit=1-00:00:00 Requeue=1 BatchFlag=1",
+            "job 7 was cancelled: it stays so",
+        ),
+        ("JobState=COMPLETING RunTime=3-00:00:00 TimeLimit=UNLIMITED Requeue=1 BatchFlag=1", "was cancelled"),
         ("JobState=RUNNING Requeue=0 BatchFlag=1", "may not be requeued: submit it with --requeue"),
         ("JobState=RUNNING Requeue=1 BatchFlag=0", "no batch script"),
     ],
@@ -164,6 +169,13 @@ def test_a_job_that_was_cancelled_or_may_not_come_back_is_left(tmp_path, answer,
     assert sentence in said
     assert run.calls == []
     assert run.events[-1].event == "leave"
+
+
+def test_a_job_comes_back_that_saved_after_its_time_limit(tmp_path):
+    late = "show JobState=COMPLETING RunTime=1-00:00:02 TimeLimit=1-00:00:00 Requeue=1 BatchFlag=1 Restarts=0"
+    run = Supervised(tmp_path, "75", job="7", behaviour=late)
+    assert run.ended()[0] == 75
+    assert run.calls[0] == "requeue 7"
 
 
 def test_a_job_that_was_restarted_elsewhere_meanwhile_is_not_touched(tmp_path):

@@ -96,6 +96,20 @@ def test_a_rank_is_killed(training):
     assert 0 < sum(training.lost) <= 10
 
 
+def test_a_rank_stops_and_stays(training):
+    """The watchdog writes down where each rank stands, and ends them."""
+    job = training.submit("stage1", "--watchdog.least", "8", pace="0.2")
+    training.wait_for_step(15)
+    os.kill(job.tasks()[1].id, signal.SIGSTOP)
+    training.finish(job)
+    assert job.restarts == 0
+    assert len(training.lost) == 2
+    assert sum(training.lost) <= 10
+    stacks = (training.out / "stacks" / "rank-0.txt").read_text()
+    assert "pretrain/loop.py" in stacks
+    assert "rank 1" in job.output
+
+
 def test_a_node_is_lost(training):
     job = training.submit("stage1", pace=QUICK)
     training.wait_for_step(15)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,21 +28,22 @@ from typing import Literal
 
 from datasets.errors import UserError
 from pretrain import fencing, verdict
-from pretrain.attempts import Event, Kind, note
+from pretrain.attempts import Event, Kind, note, read_attempts
 from pretrain.place import ATTEMPT, Attempt, Job, attempt_here, job_here
 from pretrain.requeue import requeue, start_soon
 
 DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 BARREN = 3
 """Starts in a row that may end in a crash without a new checkpoint."""
+STANDSTILL = 3
+"""Times in a row that a job may go back to the queue without a new checkpoint."""
 BOUND = "MEDLEY_REQUEUE_SECONDS"
 """The environment variable that says how long `scontrol requeue` is tried."""
 _BOUND = 600.0
 _FAREWELL = 120.0
 """Seconds that Slurm has to end a job that it has taken back."""
 _PAUSE = 1.0
-_ENDED_BY = (128 + signal.SIGTERM, 128 + signal.SIGUSR2, -signal.SIGTERM, -signal.SIGUSR2)
-"""Codes of a start that met a signal before it could note it: nothing had been trained yet."""
+_TRAINING = "pretrain.launch"
 _STEP = re.compile(r"step-(\d{8,})")
 _PR_SET_PDEATHSIG = 1
 Next = Literal["leave", "requeue", "restart", "give up"]
@@ -82,6 +84,11 @@ class Supervisor:
         self._command, self._out = list(command), out
         self._job: Job | None = job_here()
         self._signals = Signals()
+        knows_usr2 = _is_srun(command) or _trains_itself(command)
+        self._usr2 = signal.SIGUSR2 if knows_usr2 else signal.SIGTERM
+        # Codes of a start that met a signal before it could note it: nothing had been trained yet.
+        self._unmet = {128 + signal.SIGTERM, 128 + self._usr2}
+        self._noted = self._mute = False
         # One that runs inside another's command numbers its own starts.
         os.environ.pop(ATTEMPT, None)
         self._attempt = attempt_here() or Attempt(job=secrets.token_hex(4), restart=0, number=0)
@@ -99,7 +106,7 @@ class Supervisor:
             self._note("end", code=code, reason=reason)
             chosen = self._next(code, barren)
             if chosen == "leave":
-                return INTERRUPTED if code in _ENDED_BY else code
+                return INTERRUPTED if code in self._unmet else code
             if chosen == "requeue":
                 return self._requeue()
             if chosen == "give up":
@@ -117,7 +124,7 @@ class Supervisor:
         """What follows from how it ended."""
         if code in (DONE, USER_ERROR):
             return "leave"
-        stopped = code == INTERRUPTED or code in _ENDED_BY or self._signals.stop is not None
+        stopped = code == INTERRUPTED or code in self._unmet or self._signals.stop is not None
         if stopped:
             wanted = self._job is not None and not self._signals.interrupted
             return "requeue" if wanted else "leave"
@@ -126,7 +133,7 @@ class Supervisor:
     def _start(self) -> tuple[int, str]:
         """Run the command to its end; its exit code, and why in words if anybody said so."""
         said = self._out.absolute() / f"verdict-{self._attempt}.json"
-        said.unlink(missing_ok=True)
+        _remove(said)
         environment = {**os.environ, verdict.VARIABLE: str(said)}
         try:
             process = subprocess.Popen(
@@ -142,7 +149,7 @@ class Supervisor:
         code = process.wait()
         self._signals.to(None)
         found = verdict.read(said)
-        said.unlink(missing_ok=True)
+        _remove(said)
         code = code if code >= 0 else 128 - code
         if found is None or code == DONE:
             return code, ""
@@ -150,11 +157,25 @@ class Supervisor:
         return found.code, f"{where}{found.reason}"
 
     def _heard(self, number: int) -> int:
-        """The signal as the command should hear it: srun only hands USR2 on, at TERM it ends the tasks."""
-        return signal.SIGUSR2 if Path(self._command[0]).name == "srun" else number
+        """The signal as the command should hear it.
+
+        srun only hands USR2 on, at TERM it ends the tasks. torchrun knows TERM alone: it dies of USR2, and
+        its ranks live on.
+        """
+        if _is_srun(self._command):
+            return signal.SIGUSR2
+        return self._usr2 if number == signal.SIGUSR2 else number
 
     def _requeue(self) -> int:
         assert self._job is not None
+        if self._stands_still(self._job):
+            reason = (
+                f"job {self._job.id} went back to the queue {STANDSTILL} times without a new checkpoint: "
+                "submit it again with a longer --time or a shorter warning (--signal=USR2@60)"
+            )
+            say(reason)
+            self._note("give up", reason=reason)
+            return INTERRUPTED
         self._signals.after = False  # Slurm ends us as soon as it has taken the job back
         outcome = requeue(self._job, bound=_bound(), say=say)
         say(outcome.reason)
@@ -166,6 +187,14 @@ class Supervisor:
                 time.sleep(0.2)
         return INTERRUPTED
 
+    def _stands_still(self, job: Job) -> bool:
+        """Whether it was requeued so often already where it stands now: another time would change nothing."""
+        steps: list[int] = []
+        with suppress(OSError):
+            events = read_attempts(self._out)
+            steps = [each.step for each in events if (each.event, each.job) == ("requeue", job.id)]
+        return steps[-STANDSTILL:] == [newest_step(self._out)] * STANDSTILL
+
     def _note(self, kind: Kind, *, code: int | None = None, reason: str = "") -> None:
         if fencing.is_taken_over(self._out):
             raise fencing.FencedError(
@@ -173,36 +202,60 @@ class Supervisor:
                 f"here (if there is none, remove {self._out / 'lock'})"
             )
         job = self._job
-        note(
-            self._out,
-            Event(
-                event=kind,
-                attempt=str(self._attempt),
-                job=job.id if job else "",
-                restart=job.restart if job else 0,
-                step=newest_step(self._out),
-                code=code,
-                reason=reason,
-            ),
+        event = Event(
+            event=kind,
+            attempt=str(self._attempt),
+            job=job.id if job else "",
+            restart=job.restart if job else 0,
+            step=newest_step(self._out),
+            code=code,
+            reason=reason,
         )
+        try:
+            note(self._out, event)
+        except OSError as error:
+            if not self._noted:
+                raise  # nothing was started yet
+            if not self._mute:
+                say(f"what happens is no longer noted in {self._out} ({error.strerror}): that ends nothing")
+            self._mute = True
+        self._noted = True
 
 
 def newest_step(out: Path) -> int:
     """The newest step with a checkpoint; -1 for none."""
-    folder = out / "checkpoints"
-    names = (_STEP.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    names: list[re.Match[str] | None] = []
+    with suppress(OSError):
+        names = [_STEP.fullmatch(path.name) for path in (out / "checkpoints").iterdir()]
     return max((int(match[1]) for match in names if match), default=-1)
 
 
 def run_directory(command: Sequence[str]) -> Path | None:
-    """What the command's last --out names."""
+    """What the last --out of the training names: srun has options of that name, too."""
     found: str | None = None
-    for place, word in enumerate(command):
-        if word == "--out" and place + 1 < len(command):
-            found = command[place + 1]
+    words = command[command.index(_TRAINING) + 1 :] if _TRAINING in command else command
+    for place, word in enumerate(words):
+        if word == "--out" and place + 1 < len(words):
+            found = words[place + 1]
         elif word.startswith("--out="):
             found = word.partition("=")[2]
     return Path(found) if found else None
+
+
+def _is_srun(command: Sequence[str]) -> bool:
+    return Path(command[0]).name == "srun"
+
+
+def _trains_itself(command: Sequence[str]) -> bool:
+    """Whether it is the Python that trains, and no launcher of such."""
+    module = command[command.index("-m") + 1 :][:1] if "-m" in command else []
+    return Path(command[0]).name.startswith("python") and list(module) == [_TRAINING]
+
+
+def _remove(file: Path) -> None:
+    """If that is possible: its name is used only once."""
+    with suppress(OSError):
+        file.unlink()
 
 
 def say(sentence: str) -> None:

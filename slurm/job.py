@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -28,19 +29,31 @@ class Job:
         """Run the commands; the last one takes the place of this process.
 
         Those before it do so whatever came of one another: each finds out from its run directory whether it
-        can do its part. Only an interruption ends all of them.
+        can do its part. Only an interruption ends all of them, also one that comes between two.
         """
+        noted: list[int] = []
+        running: list[subprocess.Popen[bytes]] = []
+
+        def meet(number: int, _: FrameType | None) -> None:
+            noted.append(number)
+            for process in running:
+                process.send_signal(number)
+
+        for number in _SIGNALS:
+            signal.signal(number, meet)
         for command in self.commands[:-1]:
-            process = subprocess.Popen(command)
-            for number in _SIGNALS:
-                signal.signal(number, lambda number, _, process=process: process.send_signal(number))
-            if process.wait() == INTERRUPTED:
+            running[:] = [subprocess.Popen(command)]
+            if noted:
+                running[0].send_signal(noted[0])
+            if running[0].wait() == INTERRUPTED or noted:
                 sys.exit(INTERRUPTED)
         last = self.commands[-1]
         sys.stdout.flush()
         sys.stderr.flush()
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # until the supervisor has its own
+        if noted:
+            sys.exit(INTERRUPTED)
         os.execvp(last[0], last)
 
 

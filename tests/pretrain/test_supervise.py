@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.attempts import Event, read_attempts
-from pretrain.supervise import newest_step, run_directory
+from pretrain.attempts import Event, note, read_attempts
+from pretrain.supervise import Supervisor, newest_step, run_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = Path(__file__).resolve().parent / "fakes"
@@ -32,6 +32,10 @@ if what == "wait":
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
     (out / "ready").write_text(str(os.getpid()))
     time.sleep(60)
+elif what == "seal":
+    (out / "attempts.jsonl").unlink()
+    (out / "attempts.jsonl").mkdir()
+    what = "5" if number == 0 else "7"
 elif what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "term":
@@ -143,6 +147,30 @@ def test_what_was_interrupted_goes_back_to_the_queue_once_and_is_not_held_there(
     assert run.events[-1].event == "requeue"
 
 
+@pytest.mark.parametrize(("job", "step", "requeued"), [("7", -1, False), ("6", -1, True), ("7", 5, True)])
+def test_a_job_that_was_requeued_three_times_where_it_stands_is_not_requeued_again(
+    tmp_path, job, step, requeued
+):
+    """Those of another job do not count, nor those from before the newest checkpoint."""
+    for at in (-1, -1, step):
+        note(tmp_path / "run", Event(event="requeue", attempt=f"{job}.0.1", job=job, step=at))
+    run = Supervised(tmp_path, "75", job="7")
+    code, said = run.ended()
+    assert code == 75
+    assert (run.calls[:1] == ["requeue 7"]) is requeued
+    assert (run.events[-1].event == "give up") is not requeued
+    assert ("longer --time or a shorter warning" in said) is not requeued
+
+
+def test_attempts_that_can_no_longer_be_noted_change_no_exit_code(tmp_path):
+    """After the first start the file is a directory."""
+    run = Supervised(tmp_path, "seal,7,7")
+    code, said = run.ended()
+    assert code == 7
+    assert said.count("no longer noted") == 1
+    assert run.starts == 3
+
+
 def test_outside_slurm_it_only_says_that_it_was_interrupted(tmp_path):
     run = Supervised(tmp_path, "75")
     assert run.ended() == (75, "")
@@ -236,6 +264,29 @@ def test_a_command_that_met_the_signal_before_it_could_note_it_is_requeued_all_t
     assert run.calls[0] == "requeue 7"
 
 
+@pytest.mark.parametrize(
+    ("command", "term", "usr2"),
+    [
+        ("srun --signal=x python -m pretrain.launch", "SIGUSR2", "SIGUSR2"),
+        ("/opt/bin/python3.12 -X dev -m pretrain.launch --seed 1", "SIGTERM", "SIGUSR2"),
+        ("torchrun --nproc-per-node 8 -m pretrain.launch", "SIGTERM", "SIGTERM"),
+        ("python -m torch.distributed.run -m pretrain.launch", "SIGTERM", "SIGTERM"),
+        ("./train.sh", "SIGTERM", "SIGTERM"),
+    ],
+)
+def test_a_launcher_that_would_die_of_the_warning_hears_the_signal_that_it_knows(
+    tmp_path, command, term, usr2
+):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    supervisor = Supervisor(command.split(), tmp_path)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert supervisor._heard(signal.SIGTERM) == signal.Signals[term]
+    assert supervisor._heard(signal.SIGUSR2) == signal.Signals[usr2]
+    died = supervisor._next(128 + signal.SIGUSR2, barren=1)
+    assert died == ("leave" if usr2 == "SIGUSR2" else "restart")
+
+
 def test_the_command_ends_with_the_supervisor_however_that_ends(tmp_path):
     run = Supervised(tmp_path, "wait")
     child = run.signal_when_ready(signal.SIGKILL)
@@ -276,6 +327,8 @@ def test_the_run_directory_is_the_last_one_that_the_command_names():
     command = ["srun", "python", "-m", "pretrain.launch", "--out", "runs/a", "--seed", "1", "--out=runs/b"]
     assert run_directory(command) == Path("runs/b")
     assert run_directory(["srun"]) is None
+    assert run_directory(["srun", "--out=log-%t", *command[1:6]]) == Path("runs/a")
+    assert run_directory(["srun", "--out=log-%t", "python", "-m", "pretrain.launch"]) is None
 
 
 def test_only_a_directory_with_the_name_of_a_step_is_a_checkpoint(tmp_path):

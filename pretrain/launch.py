@@ -228,7 +228,9 @@ def _watchdog(training: Training) -> Watchdog:
         run.watchdog.least + (run.remote.deadline if remote else 0.0),
         _COMPILING if run.spread.compile else 0.0,  # also in a later step, for a shape it has not met
     )
-    return Watchdog(training.rundir.root, rank=ranks.rank, world=ranks.world, least=least)
+    return Watchdog(
+        training.rundir.root, rank=ranks.rank, world=ranks.world, least=least, stage=training.stage
+    )
 
 
 def _stops(ranks: Ranks, preemption: Preemption) -> bool:

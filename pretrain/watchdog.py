@@ -63,10 +63,12 @@ class Beat:
     """Of the start that it belongs to."""
     node: str
     marks: int
-    """Points of the loop that it has passed; the same for all ranks that stand at the same place."""
+    """Points of the loop that it has passed in this stage; the same where ranks stand at the same place."""
     doing: str
     time: float
     """Unix seconds."""
+    stage: str = ""
+    """In which it stands."""
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Watchdog:
         rank: int,
         world: int,
         least: float,
+        stage: str = "",
         end: Callable[[int], None] = os._exit,
     ) -> None:
         """Nothing is watched yet.
@@ -98,9 +101,11 @@ class Watchdog:
             rank: whose steps are watched.
             world: how many there are.
             least: seconds that any step may take.
+            stage: which is trained: the next one begins to count anew.
             end: ends the process, with a code.
         """
         self._out, self._rank, self._world, self._least, self._end = out, rank, world, least, end
+        self._stage = stage
         self._token = fencing.token_of(out)
         self._node = place_here().node
         self._tick = min(least / _TICKS, _LONGEST_TICK)
@@ -180,6 +185,7 @@ class Watchdog:
             marks=standing.marks,
             doing=standing.doing,
             time=round(time.time(), 3),
+            stage=self._stage,
         )
         path = self._file(self._rank)
         fencing.check(path)
@@ -195,12 +201,12 @@ class Watchdog:
         return self._out / "heartbeats" / f"rank-{rank}"
 
     def _read(self, rank: int) -> Beat | None:
-        """The last sign of life of a rank in this start."""
+        """The last sign of life of a rank in this stage of this start."""
         try:
             beat = Beat(**json.loads(self._file(rank).read_text()))
         except (OSError, ValueError, TypeError):
             return None
-        return beat if beat.token == self._token else None
+        return beat if (beat.token, beat.stage) == (self._token, self._stage) else None
 
     def _silent(self, now: float) -> list[str]:
         """Ranks that gave no new sign of life for long, as this one saw it: rank zero all, the others it."""

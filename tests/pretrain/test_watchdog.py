@@ -37,9 +37,9 @@ def watch(tmp_path):
     (tmp_path / "lock").write_text('process 1 on here\n{"token": "token"}\n')
     entered: list[Watchdog] = []
 
-    def start(rank: int = 0, world: int = 1, least: float = LEAST) -> tuple[Clock, Ended]:
+    def start(rank: int = 0, world: int = 1, least: float = LEAST, stage: str = "") -> tuple[Clock, Ended]:
         ended = Ended()
-        dog = Watchdog(tmp_path, rank=rank, world=world, least=least, end=ended)
+        dog = Watchdog(tmp_path, rank=rank, world=world, least=least, stage=stage, end=ended)
         entered.append(dog.__enter__())
         return Clock(watch=dog), ended
 
@@ -160,6 +160,16 @@ def test_signs_of_life_of_an_earlier_start_are_nobodys(watch, tmp_path):
     path.write_text(path.read_text().replace('"token": "token"', '"token": "old"'))
     with clock.pause():
         assert not ended.within(4 * LEAST)
+
+
+def test_signs_of_life_of_the_stage_before_put_nobody_behind(watch, tmp_path, capsys):
+    clock, ended = watch(rank=0, world=2, stage="two")
+    beat_of(tmp_path, 1, marks=1000)
+    steps(clock, 3)
+    with clock.waiting():
+        assert ended.within(20)
+    said = capsys.readouterr().err
+    assert "no rank is behind the others" in said
 
 
 def test_a_rank_that_was_fenced_off_leaves_also_when_it_hangs(watch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The norm of the gradient, whole and by tower, and its bound, however the parameters are sharded."""
+"""The norm of the gradient, whole and by tower, and its bound, however the parameters are sharded; towers."""
 
 from __future__ import annotations
 
@@ -84,3 +84,13 @@ def tower_of(parameter: str) -> str:
     """`model.image.trunk.norm.weight` is the image tower's; a temperature is no tower's."""
     _, part, *inside = parameter.split(".")
     return part if parameter.startswith("model.") and inside else "objectives"
+
+
+def by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
+    """Parameters, and those of them that train, of each tower and of what belongs to none."""
+    parts: dict[str, tuple[int, int]] = {}
+    for name, each in pretrainer.named_parameters():
+        part = tower_of(name)
+        size, trained = parts.get(part, (0, 0))
+        parts[part] = size + each.numel(), trained + each.numel() * each.requires_grad
+    return parts

@@ -22,7 +22,7 @@ from objectives.base import Objective
 from pretrain.blocks import blocks_of, recompute
 from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, train_only
 from pretrain.cli import Command
-from pretrain.clipping import tower_of
+from pretrain.clipping import by_part
 from pretrain.config import Run
 from pretrain.costs import TOWERS, Bench, Cost, few
 from pretrain.curriculum import Curriculum, Stretch
@@ -48,7 +48,7 @@ def summary(pretrainer: Pretrainer) -> list[str]:
     """Two lines: who reads what, and how much there is to train."""
     reads = "; ".join(f"{name} reads {_passes(each)}" for name, each in pretrainer.objectives.items())
     whole, trained = _size(pretrainer)
-    parts = ", ".join(f"{part} {millions(size)}" for part, (size, _) in _by_part(pretrainer).items())
+    parts = ", ".join(f"{part} {millions(size)}" for part, (size, _) in by_part(pretrainer).items())
     return [
         f"passes: {reads}",
         f"parameters: {millions(whole)} ({parts}), {share(trained, whole)} trained",
@@ -225,7 +225,7 @@ def _passes(objective: Objective) -> str:
 
 def _towers(pretrainer: Pretrainer, whole: Cost) -> list[list[str]]:
     rows: list[list[str]] = []
-    for part, (size, trained) in _by_part(pretrainer).items():
+    for part, (size, trained) in by_part(pretrainer).items():
         runs = str(whole.runs.get(part, 0)) if part in TOWERS else ""
         rows.append([part, millions(size), share(trained, size), runs])
     size, trained = _size(pretrainer)
@@ -274,16 +274,6 @@ def _spread(run: Run, ranks: Ranks, *, bf16: bool) -> list[str]:
         *(["elastic"] if run.deterministic == "elastic" else []),
     ]
     return [f"spread: {processes} on {ranks.device.type}, {', '.join(marks)}"]
-
-
-def _by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
-    """Parameters, and those of them that train, of each tower and of what belongs to none."""
-    parts: dict[str, tuple[int, int]] = {}
-    for name, each in pretrainer.named_parameters():
-        part = tower_of(name)
-        size, trained = parts.get(part, (0, 0))
-        parts[part] = size + each.numel(), trained + each.numel() * each.requires_grad
-    return parts
 
 
 def _size(module: nn.Module) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from datasets.batch import Batch
 from datasets.tokens import Tokenizer
 from objectives.base import Objective
 from pretrain.build import build_pretrainer, train_only
-from pretrain.clipping import clip, gradient_norms, tower_of
+from pretrain.clipping import by_part, clip, gradient_norms
 from pretrain.config import Run
 from pretrain.costs import TOWERS
 from pretrain.distributed import Ranks
@@ -248,15 +248,6 @@ def _step(
         clip(wrapped.pretrainer, norms.whole, largest=setting.run.stages[setting.stage].optim.clip)
         optimizer.step()
     return counter
-
-
-def by_part(pretrainer: Pretrainer) -> dict[str, tuple[int, int]]:
-    """Parameters, and those of them that train, of each tower and of what belongs to none."""
-    parts: dict[str, tuple[int, int]] = {}
-    for name, each in pretrainer.named_parameters():
-        size, trained = parts.get(tower_of(name), (0, 0))
-        parts[tower_of(name)] = size + each.numel(), trained + each.numel() * each.requires_grad
-    return parts
 
 
 def _locals(module: nn.Module, *, trained: bool = False) -> list[Tensor]:

@@ -23,7 +23,7 @@ def values_of(value: ByStep) -> tuple[int, ...]:
     return tuple(held for _, held in points_of(value))
 
 
-def check_by_step(value: ByStep, flag: str) -> None:
+def check_by_step(value: ByStep, flag: str, *, steps: int) -> None:
     """Refuse what is no positive number at some step of a stage.
 
     Raises:
@@ -37,4 +37,9 @@ def check_by_step(value: ByStep, flag: str) -> None:
     if not points or firsts[0] != 0 or firsts != sorted(set(firsts)):
         raise UserError(
             f"{flag} is {value}: write one number, or STEP VALUE points with rising steps, from 0 on"
+        )
+    if firsts[-1] >= steps:
+        raise UserError(
+            f"{flag} changes at step {firsts[-1]}, which a stage of {steps} steps never reaches: give it "
+            "other points, or the stage more steps"
         )

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,18 +263,19 @@ def chosen(folder: Path, step: int | None = None) -> Checkpoint:
     raise UserError(f"{folder.parent} has no {wanted} that verifies (of steps there: {steps})")
 
 
-def prune(folder: Path, *, keep: int, keep_every: int = 0) -> None:
+def prune(folder: Path, *, keep: int, keep_every: int = 0, ends: Collection[int] = ()) -> None:
     """Remove checkpoints older than the last `keep` (at least 2) that verify.
 
     Args:
         folder: RUN_DIR/checkpoints.
         keep: how many of the newest stay.
         keep_every: those of steps that are multiples of it stay too; 0 for none.
+        ends: steps whose checkpoints stay too: what stages came to.
     """
     assert keep >= 2, "with one checkpoint, damage to it would lose the run"
     check(folder)
     steps = _newest_first(folder)
-    stay = {step for step, _ in steps if keep_every and step % keep_every == 0}
+    stay = {step for step, _ in steps if step in ends or (keep_every and step % keep_every == 0)}
     if all(step in stay for step, _ in steps[keep:]):
         return
     verified = 0

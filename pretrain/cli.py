@@ -43,7 +43,7 @@ These decide what else there is to set; all other flags are listed below, for th
   --stage NAME             train this stage and stop; it goes on from the one before in the same --out
                            (default: all that are not finished, one after the other)
   --out RUN_DIR            where the run lives; the same command again goes on there
-  --explain                print what this run would do and cost, and do nothing
+  --explain                print what this run would do and cost, draw its stages beside RUN_DIR, do no more
 {PLAN}
   --allow-changed          go on in RUN_DIR although data, seed, batch or order are others; it is recorded
 """
@@ -114,11 +114,14 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def at_own_resolution(run: Run) -> dict[str, Stage]:
-    """The stages at the resolution that the model was made for, where it has one."""
+    """The stages at the resolution that the model was made for, if it has one; what changes stays."""
     own = own_resolution(run.model)
     if own is None:
         return run.stages
-    return {name: replace(stage, resolution=own) for name, stage in run.stages.items()}
+    return {
+        name: replace(stage, resolution=own) if isinstance(stage.resolution, int) else stage
+        for name, stage in run.stages.items()
+    }
 
 
 def load_recipe(name: str) -> Run:

@@ -37,7 +37,7 @@ class Cadence:
     keep: int = 2
     """Checkpoints that stay on disk: the newest ones that verify."""
     keep_every: int = 0
-    """Those of steps that are multiples of it stay too; 0 for none."""
+    """Those of steps that are multiples of it stay too, as do those at the end of a stage; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

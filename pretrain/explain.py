@@ -28,10 +28,11 @@ from pretrain.costs import TOWERS, Bench, Cost, few
 from pretrain.curriculum import Curriculum, Stretch
 from pretrain.data import Data
 from pretrain.distributed import Ranks
-from pretrain.optim import build_optimizer, bytes_kept
+from pretrain.optim import Optim, build_optimizer, bytes_kept
 from pretrain.precision import compute_for, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
+from pretrain.stage import Stage
 from pretrain.tables import giga, many, millions, share, table
 from pretrain.timeline import Row, described, draw, rows_of
 
@@ -61,11 +62,11 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
     compute = compute_for(run.precision, ranks.device)
     with _tokenizer_dir(command, ranks) as rundir:
         tokenizer = build_tokenizer(run, data.feeds, rundir, ranks)
-    first = curriculum.stretches[0]
+    first = curriculum.of_stage(command.stage)[0] if command.stage else curriculum.stretches[0]
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=False, feeds=data.objectives[first.name])
     _keep_less(run, pretrainer)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
-    batches = _first_batches(run, curriculum, data, tokenizer, ranks)
+    batches = _first_batches(run, first, data, tokenizer, ranks)
     rows = rows_of(run, curriculum, pretrainer, data.objectives, text_tokens=_words(batches))
     train_only(pretrainer, run, first.name)
     size = max(2, _SAMPLES // len(batches))
@@ -92,8 +93,8 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         *table(
             _HEADS,
             [
-                _objective(run, pretrainer, each, whole=whole, alone=alone[each], left=left.get(each),
-                           samples=largest)
+                _objective(run, first.stage, pretrainer, each, whole=whole, alone=alone[each],
+                           left=left.get(each), samples=largest)
                 for each in names
             ],
         ),
@@ -104,7 +105,7 @@ def explain(command: Command, curriculum: Curriculum, data: Data, ranks: Ranks) 
         *table(("part", "parameters", "trained", "forward runs a step"), _towers(pretrainer, whole)),
         "",
         *_step(first, batches, ranks, whole),
-        *_memory(run, pretrainer, whole, largest),
+        *_memory(first.stage.optim, pretrainer, whole, largest),
         *_spread(run, ranks, bf16=compute.bf16),
         "",
         "sources",
@@ -129,9 +130,13 @@ def _keep_less(run: Run, pretrainer: Pretrainer) -> None:
 def _stages(command: Command, rows: Sequence[Row], ranks: Ranks) -> list[str]:
     """The timeline as a table, and as a picture beside the run directory."""
     picture = command.out.with_name(f"{command.out.name}-timeline.png")
+    drawn = f"drawn in {picture}"
     if ranks.zero:
-        draw(rows, picture)
-    return [*described(rows), f"drawn in {picture}"]
+        try:
+            draw(rows, picture)
+        except OSError as error:  # all that matters has been told
+            drawn = f"not drawn in {picture}: {error.strerror}"
+    return [*described(rows), drawn]
 
 
 def _words(batches: Sequence[Batch]) -> float:
@@ -159,10 +164,9 @@ def _tokenizer_dir(command: Command, ranks: Ranks) -> Generator[RunDir]:
 
 
 def _first_batches(
-    run: Run, curriculum: Curriculum, data: Data, tokenizer: Tokenizer, ranks: Ranks
+    run: Run, first: Stretch, data: Data, tokenizer: Tokenizer, ranks: Ranks
 ) -> Sequence[Batch]:
-    """This rank's micro-batches of the first step; of one source, no more samples than are looked at."""
-    first = curriculum.stretches[0]
+    """This rank's micro-batches of a first step; of one source, no more samples than are looked at."""
     lanes = run.shuffle.lanes
     pieces = lanes // ranks.world if run.deterministic == "elastic" else first.micro_batches
     batch = first.batch
@@ -181,12 +185,13 @@ def _first_batches(
         threads=run.loader_threads,
         shuffle=run.shuffle,
     )
-    (portion,) = loader.steps(0, 1)
+    (portion,) = loader.steps(first.first, first.first + 1)
     return portion.batches
 
 
 def _objective(
     run: Run,
+    stage: Stage,
     pretrainer: Pretrainer,
     name: str,
     *,
@@ -195,14 +200,14 @@ def _objective(
     left: Cost | None,
     samples: int,
 ) -> list[str]:
-    objective, stage = pretrainer.objectives[name], next(iter(run.stages.values()))
+    objective, own = pretrainer.objectives[name], run.objectives[name].weight
     across = "pairs drawn" if objective.draws else "contrast" if objective.coupled else "no"
     fixed, each = alone.held
     return [
         name,
         _passes(objective),
         across,
-        f"{weight_at(stage.objectives.get(name, run.objectives[name].weight), 0):g}",
+        f"{weight_at(stage.objectives.get(name, own), 0):g}",
         millions(sum(one.numel() for one in objective.parameters())),
         giga(alone.flops),
         giga(whole.flops - left.flops) if left else giga(whole.flops),
@@ -243,10 +248,10 @@ def _step(first: Stretch, batches: Sequence[Batch], ranks: Ranks, whole: Cost) -
     ]
 
 
-def _memory(run: Run, pretrainer: Pretrainer, whole: Cost, samples: int) -> list[str]:
+def _memory(optim: Optim, pretrainer: Pretrainer, whole: Cost, samples: int) -> list[str]:
     weights = sum(each.nbytes for each in pretrainer.parameters())
     gradients = sum(each.nbytes for each in pretrainer.parameters() if each.requires_grad)
-    moments = moment_bytes(run, pretrainer)
+    moments = moment_bytes(optim, pretrainer)
     fixed, each = whole.held
     held = fixed + each * samples
     total = weights + moments + gradients + held
@@ -258,9 +263,8 @@ def _memory(run: Run, pretrainer: Pretrainer, whole: Cost, samples: int) -> list
     ]
 
 
-def moment_bytes(run: Run, pretrainer: Pretrainer) -> int:
+def moment_bytes(optim: Optim, pretrainer: Pretrainer) -> int:
     """What the optimizer of the first stage keeps."""
-    optim = next(iter(run.stages.values())).optim
     return bytes_kept(build_optimizer(pretrainer, optim), optim.kind)
 
 

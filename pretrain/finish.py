@@ -12,12 +12,14 @@ from pretrain.sinks.jsonl import read
 from pretrain.training import Training
 
 
-def unfinished(rundir: RunDir, curriculum: Curriculum, *, stage: str | None) -> list[str]:
+def unfinished(rundir: RunDir, curriculum: Curriculum, *, step: int | None, stage: str | None) -> list[str]:
     """The stages to train, in order: those that were not trained to their last step and judged.
 
     Args:
         rundir: of the run.
         curriculum: its stages.
+        step: of the checkpoint to go on from: where the one at the end of a stage is damaged, its last steps
+            are done again. None where no checkpoint is left.
         stage: the only one that is asked for; None for all.
 
     Raises:
@@ -25,7 +27,8 @@ def unfinished(rundir: RunDir, curriculum: Curriculum, *, stage: str | None) -> 
     """
     records = read(rundir.metrics) if rundir.metrics.exists() else []
     judged = {record["step"] for record in records if "finished" in record}
-    left = [name for name, end in curriculum.ends().items() if end not in judged]
+    there = curriculum.steps if step is None else step
+    left = [name for name, end in curriculum.ends().items() if end not in judged or end > there]
     if stage is None:
         return left
     curriculum.of_stage(stage)

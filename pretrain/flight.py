@@ -8,7 +8,7 @@ checkpoint; when one has failed, all let go of it, rank zero says so, and what s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,14 @@ class Saver:
     """Writes the checkpoints of a run. What is not about this rank alone is called by all of them at once."""
 
     def __init__(
-        self, ranks: Ranks, folder: Path, *, keep: int, keep_every: int, note: Callable[[str], None]
+        self,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int,
+        note: Callable[[str], None],
+        ends: Collection[int] = (),
     ) -> None:
         """Nothing is touched yet.
 
@@ -46,9 +53,10 @@ class Saver:
             keep: see `checkpoint.prune`.
             keep_every: see there.
             note: told of checkpoints that could not be written, while training goes on.
+            ends: see `checkpoint.prune`.
         """
         self._ranks, self._folder, self._note = ranks, folder, note
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._ends = keep, keep_every, ends
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flight: _Flight | None = None
         self._pruning: Future[None] | None = None
@@ -154,7 +162,11 @@ class Saver:
         self._flight, self._newest, self._failure = None, flight.step, None
         if self._ranks.zero:
             self._pruning = self._thread.submit(
-                checkpoint.prune, self._folder, keep=self._keep, keep_every=self._keep_every
+                checkpoint.prune,
+                self._folder,
+                keep=self._keep,
+                keep_every=self._keep_every,
+                ends=self._ends,
             )
 
     def _let_go(self, flight: _Flight) -> None:

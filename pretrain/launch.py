@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 from pretrain import fencing, preempt
 from pretrain.preempt import Preemption
@@ -39,7 +40,7 @@ from pretrain.flops import matmul_peak
 from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
 from pretrain.place import alone_among, place_here
-from pretrain.prepare import build, claim, say
+from pretrain.prepare import Origin, build, claim, find_origin, say
 from pretrain.rendezvous import LeftError
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
@@ -164,18 +165,18 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
         changed, token = ranks.on_zero(lambda: claim(command, stack))
         fencing.hold(command.out, token)
         stack.callback(fencing.leave, command.out, token)
-        stages = ranks.on_zero(lambda: unfinished(rundir, curriculum, stage=command.stage))
+        origin = find_origin(rundir, ranks)
+        step = origin.found and origin.found.step
+        stages = ranks.on_zero(lambda: unfinished(rundir, curriculum, step=step, stage=command.stage))
         if not stages and ranks.zero:
             say(already(command))
-        for stage in stages:
+        for place, stage in enumerate(stages):
             if _stops(ranks, preemption):
                 return INTERRUPTED
-            code = train_stage(
-                command, curriculum, data, rundir, ranks, preemption, stage=stage, changed=changed
-            )
+            origin = find_origin(rundir, ranks) if place else replace(origin, changed=changed)
+            code = train_stage(command, curriculum, data, rundir, ranks, preemption, origin, stage=stage)
             if code != DONE:
                 return code
-            changed = []
         return DONE
 
 
@@ -186,14 +187,14 @@ def train_stage(
     rundir: RunDir,
     ranks: Ranks,
     preemption: Preemption,
+    origin: Origin,
     *,
     stage: str,
-    changed: Sequence[str],
 ) -> int:
     """Build everything for a stage, train it to its end, and judge it; returns the exit code."""
     run = command.run
     with ExitStack() as stack:
-        training = build(command, curriculum, data, rundir, ranks, stack, stage=stage, changed=changed)
+        training = build(command, curriculum, data, rundir, ranks, stack, origin, stage=stage)
         if _stops(ranks, preemption):
             return INTERRUPTED
         check(training)

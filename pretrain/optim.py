@@ -70,8 +70,8 @@ class Optim:
     """adamw and adafactor: largest root mean square of one tensor's update before the learning rate
     (1 in StableAdamW, arXiv 2304.13013); 0 leaves it alone."""
 
-    def check(self, flag: str) -> None:
-        """Refuse what no optimizer can run with, and settings that this one would not read.
+    def check(self, flag: str, *, steps: int) -> None:
+        """Refuse what no optimizer can run with, and what a stage of so many steps would not read.
 
         Raises:
             UserError: names the flag, of which `flag` is the beginning.
@@ -94,9 +94,9 @@ class Optim:
                 f"{flag}.update_clip goes with {' and '.join(_CLIPPED)}: the updates of {self.kind} have a "
                 "size of their own; leave it out"
             )
-        self._check_schedule(flag)
+        self._check_schedule(flag, steps)
 
-    def _check_schedule(self, flag: str) -> None:
+    def _check_schedule(self, flag: str, steps: int) -> None:
         if self.cooldown and self.schedule not in _COOLED:
             raise UserError(
                 f"{flag}.cooldown goes with {' and '.join(_COOLED)}, and {flag}.schedule is {self.schedule}: "
@@ -113,6 +113,11 @@ class Optim:
             self.milestones[0] < 1 or list(self.milestones) != sorted(set(self.milestones))
         ):
             raise UserError(f"{flag}.milestones are {self.milestones}; they must rise, from at least 1")
+        if self.cooldown > steps or max(self.milestones, default=0) >= steps:
+            raise UserError(
+                f"{flag} has a cooldown of {self.cooldown} and milestones {self.milestones}, for which a "
+                f"stage of {steps} steps is too short: change them, or give it more steps"
+            )
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of 0 <= step < steps, of a parameter whose scale is 1."""

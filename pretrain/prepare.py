@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -37,10 +38,29 @@ from pretrain.sinks.console import console
 from pretrain.sinks.jsonl import JsonLines, cut
 from pretrain.sinks.mirrored import Mirrored
 from pretrain.starts import record_start
-from pretrain.state import Standing, restore
+from pretrain.state import Standing, check_begun, goes_on, restore
 from pretrain.step import Setup
 from pretrain.stopwatch import Stopwatch
 from pretrain.training import Training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a stage is gone on with from."""
+
+    found: checkpoint.Checkpoint | None
+    """None at the very beginning."""
+    messages: Sequence[str] = ()
+    """What is to be said of checkpoints, on rank zero."""
+    changed: Sequence[str] = ()
+    """In which settings the run directory was another run's, where that was allowed."""
+
+
+def find_origin(rundir: RunDir, ranks: Ranks) -> Origin:
+    """The newest checkpoint that verifies, as all ranks then know it."""
+    messages: list[str] = []
+    found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
+    return Origin(found=found, messages=messages)
 
 
 def build(
@@ -50,30 +70,30 @@ def build(
     rundir: RunDir,
     ranks: Ranks,
     stack: ExitStack,
+    origin: Origin,
     *,
     stage: str,
-    changed: Sequence[str],
 ) -> Training:
     """Everything the loop works with in a stage, in the order data flows.
 
     What must be closed goes on the stack. A stage goes on from the last checkpoint of the one before.
     """
-    run, begins = command.run, curriculum.of_stage(stage)[0].begins
+    run, found = command.run, origin.found
     compute = compute_for(run.precision, ranks.device)
     tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=say)
-    messages: list[str] = []
-    found = ranks.on_zero(lambda: checkpoint.find(rundir.checkpoints, report=messages.append))
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
     wrapped, optimizer, ema = _to_train(run, stage, pretrainer, ranks, compute)
-    standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint)
+    kind = run.stages[stage].optim.kind
+    standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint, optimizer=kind)
     if found is not None:
         before = Standing.of(found.state())
         standing, differing = _resume(command, curriculum, data, before, standing, rundir, ranks)
-        fresh = before.step == begins and run.stages[stage].moments == "fresh"
-        restore(found.tensors(), pretrainer, optimizer, moments=not fresh, ema=ema)
+        moments = ranks.on_zero(lambda: goes_on(before, curriculum, stage))
+        restore(found.tensors(), pretrainer, optimizer, moments=moments, ema=ema)
     else:
         differing = ranks.on_zero(lambda: unlike_kept(data.feeds, rundir))
-    changed = list(dict.fromkeys([*changed, *differing]))
+    ranks.on_zero(lambda: check_begun(standing, curriculum, stage, rundir))
+    changed = list(dict.fromkeys([*origin.changed, *differing]))
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
 
     setting = Setting.of(run, data.feeds, ranks)
@@ -99,8 +119,8 @@ def build(
     stack.callback(training.saver.close)
     if ranks.zero:
         _open_records(training, data, changed, stack)
-    messages += [f"changed since the last start: {words}" for words in changed]
-    for message in [*messages, *introduction(command, training, data), *cache_warnings(setting)]:
+    said = [*origin.messages, *(f"changed since the last start: {words}" for words in changed)]
+    for message in [*said, *introduction(command, training, data), *cache_warnings(setting)]:
         training.sink.note(message)
     return training
 

@@ -6,6 +6,8 @@ RUN_DIR/
     metrics.jsonl   ledger   starts.jsonl   tokenizer.json   threads
     quarantine.jsonl   quarantine.txt   quarantine.N.jsonl   manifests/   faults.jsonl
     checkpoints/   plots/   samples/   evaluations/   wandb/   report.html
+    attempts.jsonl   heartbeats/   stacks/   rendezvous/        of supervise, the watchdog and srun
+    code/   slurm/   jobs.jsonl                                 of slurm.submit
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from datasets.order import VERSION
 from pretrain.curriculum import Curriculum
 from pretrain.ema import Ema
 from pretrain.pieces import Saved
+from pretrain.rundir import RunDir
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -40,6 +41,8 @@ class Standing:
     """What each source is."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
+    optimizer: str = ""
+    """The kind whose moments stand beside the weights."""
     order: int = VERSION
     """Of the function that says which sample stands where."""
     step: int = 0
@@ -127,7 +130,45 @@ class Standing:
             # What is owed adds up to nothing among the sources of then, in parts of the lanes of then.
             accounts = {name: Account(account.position) for name, account in accounts.items()}
         return replace(
-            before, data=self.data, order=self.order, accounts=accounts, shift=shift, behind=behind
+            before,
+            data=self.data,
+            optimizer=self.optimizer,
+            order=self.order,
+            accounts=accounts,
+            shift=shift,
+            behind=behind,
+        )
+
+
+def goes_on(before: Standing, curriculum: Curriculum, stage: str) -> bool:
+    """Whether a stage goes on with the moments of a checkpoint.
+
+    Raises:
+        UserError: it should, and they are of another kind of optimizer.
+    """
+    stretch = curriculum.of_stage(stage)[0]
+    if before.step == stretch.begins and stretch.stage.moments == "fresh":
+        return False
+    kind = stretch.stage.optim.kind
+    if before.step and before.optimizer != kind:
+        raise UserError(
+            f"the checkpoint of step {before.step} holds what {before.optimizer} kept, of which "
+            f"--stages.{stage}.optim.kind {kind} makes nothing: take {before.optimizer}, or another --out"
+        )
+    return True
+
+
+def check_begun(standing: Standing, curriculum: Curriculum, stage: str, rundir: RunDir) -> None:
+    """Refuse to begin a stage without what the one before has trained.
+
+    Raises:
+        UserError: there is no checkpoint of its end.
+    """
+    begins = curriculum.of_stage(stage)[0].begins
+    if standing.step < begins:
+        raise UserError(
+            f"stage {stage!r} begins at step {begins}, and {rundir.checkpoints} holds no checkpoint of it: "
+            "bring it back, or choose another --out"
         )
 
 

@@ -78,5 +78,6 @@ class Training:
             self.rundir.checkpoints,
             keep=cadence.keep,
             keep_every=cadence.keep_every,
+            ends=self.curriculum.ends().values(),
             note=lambda sentence: self.sink.note(sentence),
         )

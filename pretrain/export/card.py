@@ -126,10 +126,10 @@ def _data(run: Run, run_dir: Path, step: int) -> list[str]:
 def _training(run: Run, subject: Subject, samples: int) -> list[str]:
     stages = [
         (
-            name, stage.steps, stage.batch, f"{stage.resolution} px",
-            stage.optim.kind, stage.optim.lr, stage.optim.weight_decay,
+            each.name, each.last - each.first, each.batch, f"{each.resolution} px",
+            each.stage.optim.kind, each.stage.optim.lr, each.stage.optim.weight_decay,
         )
-        for name, stage in run.stages.items()
+        for each in Curriculum(run.stages).stretches
     ]  # fmt: skip
     objectives = [(name, kind_of(config), config.weight) for name, config in run.objectives.items()]
     pretrained = _short(getattr(run.model, "pretrained", ""))

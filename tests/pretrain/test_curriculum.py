@@ -63,11 +63,12 @@ def test_what_holds_from_a_step_on():
         (((1, 64),), "from 0 on"),
         (((0, 64), (5, 96), (5, 128)), "rising steps"),
         ((), "STEP VALUE points"),
+        (((0, 64), (9, 96)), "changes at step 9, which a stage of 9 steps never reaches"),
     ],
 )
 def test_sizes_that_mean_nothing_are_refused(value, sentence):
     with pytest.raises(UserError, match=f"--stages.one.batch .*{sentence}"):
-        check_by_step(value, "--stages.one.batch")
+        check_by_step(value, "--stages.one.batch", steps=9)
 
 
 def test_the_published_numbers():

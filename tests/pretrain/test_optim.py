@@ -151,4 +151,4 @@ def test_multipliers_scale_the_rate_and_nothing_else():
 )
 def test_what_no_optimizer_can_be_is_one_sentence(settings, says):
     with pytest.raises(UserError, match=says):
-        Optim(**settings).check("--optim")
+        Optim(**settings).check("--optim", steps=10_000)

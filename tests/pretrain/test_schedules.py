@@ -16,7 +16,7 @@ LR, WARMUP, STEPS = 0.3, 7, 60
 
 def rates(**settings) -> list[float]:
     optim = Optim(lr=LR, **{"warmup": WARMUP, **settings})
-    optim.check("--optim")
+    optim.check("--optim", steps=10_000)
     return [optim.lr_at(step, STEPS) for step in range(STEPS)]
 
 
@@ -108,5 +108,5 @@ def test_constant_stays():
 )
 def test_what_no_schedule_can_be_is_one_sentence(settings, says):
     with pytest.raises(UserError, match=says) as raised:
-        Optim(**settings).check("--optim")
+        Optim(**settings).check("--optim", steps=10_000)
     assert "\n" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -73,9 +74,12 @@ def saved(out: Path, step: int, group: str = "model") -> dict[str, torch.Tensor]
 
 def assert_same(out: Path, straight: Path) -> None:
     assert Ledger(out / "ledger").final() == Ledger(straight / "ledger").final()
-    for group in ("model", "optimizer"):
-        theirs = saved(straight, ENDS["three"], group)
-        ours = saved(out, ENDS["three"], group)
+    for step, group in (
+        (ENDS["two"], "ema"),
+        (ENDS["three"], "model"),
+        (ENDS["three"], "optimizer"),
+    ):
+        theirs, ours = saved(straight, step, group), saved(out, step, group)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -144,7 +148,7 @@ def test_stage_by_stage_in_commands_of_their_own(straight, tmp_path, capsys):
     "deaths",
     [
         [(5, "_advance"), (6, "_advance"), (7, "_advance")],  # about the end of a stage
-        [(6, "report"), (14, "save"), (14, "_advance")],  # before and after the checkpoint at an end
+        [(6, "report"), (14, "save"), (15, "_advance")],  # before and after the checkpoint at an end
         [(10, "_advance"), (11, "_advance"), (10, "report")],  # about another size
         [(4, "_advance"), (9, "_advance"), (12, "_advance"), (16, "_advance"), (17, "_advance")],
     ],
@@ -154,13 +158,52 @@ def test_killed_across_stages_and_sizes_it_is_the_same_run(deaths, straight, tmp
     out = tmp_path / "run"
     for step, after in deaths:
         code = in_child(command(out), dies_at=step, after=after)
-        assert code in (-signal.SIGKILL, launch.DONE), (step, after)
+        assert code == -signal.SIGKILL, (step, after)
     assert in_child(command(out)) == launch.DONE
     assert_same(out, straight)
+
+
+def damage(out: Path, step: int) -> None:
+    path = out / f"checkpoints/step-{step:08d}/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_where_the_end_of_a_stage_is_damaged_its_last_steps_are_done_again(straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert in_child(command(out, "--stage one")) == launch.DONE
+    damage(out, 6)
+    assert launch.main(command(out, "--stage two")) == launch.USER_ERROR
+    assert "goes on from stage 'one', which is not finished" in capsys.readouterr().err
+    assert in_child(command(out)) == launch.DONE
+    assert [(each.stage, each.step) for each in read_starts(out / "starts.jsonl")] == [
+        ("one", 0), ("one", 3), ("two", 6), ("three", 14),
+    ]  # fmt: skip
+    assert_same(out, straight)
+
+
+def test_a_stage_does_not_begin_without_what_the_one_before_has_trained(straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert in_child(command(out, "--stage one")) == launch.DONE
+    shutil.rmtree(out / "checkpoints")
+    assert launch.main(command(out, "--stage two")) == launch.USER_ERROR
+    assert "stage 'two' begins at step 6, and" in capsys.readouterr().err
+
+
+def test_another_kind_of_optimizer_has_no_use_for_what_was_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert in_child(command(out, "--stage one")) == launch.DONE
+    more = "--stage one --stages.one.steps 8 --stages.one.optim.kind lamb --allow-changed"
+    more += " --stages.two.moments fresh"
+    assert launch.main(command(out, more)) == launch.USER_ERROR
+    assert "holds what adamw kept, of which --stages.one.optim.kind lamb" in capsys.readouterr().err
 
 
 def test_other_stages_than_those_behind_are_refused(straight, capsys):
     assert launch.main(command(straight, "--stages.one.steps 5 --stages.two.steps 9")) == launch.USER_ERROR
     said = capsys.readouterr().err
-    assert said.startswith("error: the checkpoint of step 18 was trained through one (6 steps), two (8 steps)")
+    assert said.startswith(
+        "error: the checkpoint of step 18 was trained through one (6 steps), two (8 steps)"
+    )
     assert "these stages say one (5 steps), two (9 steps): give them their old names" in said

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from objectives.as_on import chosen_for
 from objectives.gather import Rows, Wire
 
 LOG2E = 1 / math.log(2)
@@ -25,7 +26,7 @@ LOG2E = 1 / math.log(2)
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile: on a CPU it stays in its caches, on a GPU it fills the device."""
-    return (512, 2048) if device.type == "cpu" else (2048, 8192)
+    return (512, 2048) if chosen_for(device) == "cpu" else (2048, 8192)
 
 
 @contextmanager

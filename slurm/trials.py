@@ -66,10 +66,11 @@ def trials(arguments: Sequence[str], sweep: Sequence[str]) -> list[Trial]:
     """
     # A path ends up in the job as it was meant here, where whoever submits stands.
     base = parse(arguments)
-    if base.explain:
-        raise UserError(
-            "--explain prints what a run would do: call it here, python -m pretrain.launch --explain"
-        )
+    for flag, given in {"--explain": base.explain, "--plan": base.plan is not None}.items():
+        if given:
+            raise UserError(
+                f"{flag} prints what a run would do: call it here, python -m pretrain.launch {flag}"
+            )
     top = base.out.absolute()
     if not sweep:
         return [Trial(settings=(), arguments=tuple(arguments), command=replace(base, out=top))]

@@ -41,7 +41,9 @@ def plan(command: Command) -> list[str]:
     else:
         tokenizer, inputs = _from_data(command, wanted)
     work = Paperwork(run=run, wanted=wanted, tokenizer=tokenizer, inputs=inputs)
-    legs = [work.leg(each) for each in Curriculum(run.stages).stretches]
+    curriculum = Curriculum(run.stages)
+    stretches = curriculum.of_stage(command.stage) if command.stage is not None else curriculum.stretches
+    legs = [work.leg(each) for each in stretches]
     return told(run, wanted, inputs, legs)
 
 

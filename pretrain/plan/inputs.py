@@ -41,7 +41,7 @@ class Input:
 
 
 def without_data(run: Run, *, pairs: float, length: int, told: str) -> list[Input]:
-    """Sources of a stated size that share the pairs by their weight at first."""
+    """Sources of a stated size: each has as many of the pairs as the others."""
     return [
         Input(name=name, holds=each.holds, lengths=(length,), told=told, samples=pairs / len(run.sources))
         for name, each in run.sources.items()

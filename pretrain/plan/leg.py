@@ -20,6 +20,8 @@ from pretrain.plan.wanted import Wanted
 
 _TRIED = 3
 """Micro-batches of a rank that are run; what more of them take follows from these."""
+_LOOKED = 256
+"""Steps of a stretch at which the weights of sources are looked at."""
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -36,6 +38,10 @@ class Leg:
     """Micro-batches of a rank."""
     micro_batch: int
     """Samples of one."""
+    ran: int
+    """Samples of one on paper, where the share of each source is rounded up."""
+    shares: Mapping[str, float]
+    """Of the batch, by source: the mean over all steps."""
     found: Found
     """With the run's own way to spread."""
     peaks: Mapping[str, Mapping[str, float] | str]
@@ -44,9 +50,10 @@ class Leg:
     """Samples of a micro-batch that fits the GPU; 0 for none."""
 
     @property
-    def flops(self) -> int:
-        """The model's, in a step of this rank."""
-        return self.found.flops.get("forward", 0) + self.found.flops.get("backward", 0)
+    def flops(self) -> float:
+        """The model's, in a step of this rank: those of paper for the samples that a step has."""
+        on_paper = self.found.flops.get("forward", 0) + self.found.flops.get("backward", 0)
+        return on_paper * self.micro_batch / self.ran
 
     @property
     def samples(self) -> int:
@@ -74,6 +81,8 @@ class Paperwork:
         each = stretch.batch // (self.wanted.gpus * pieces)
         own = self.run.spread.parallel
         found = self.step(stretch)
+        shares = self._shares(stretch)
+        ran = sum(_rounded(shares, each).values())
         peaks: dict[str, Mapping[str, float] | str] = {own: found.bytes}
         for other in ("ddp", "fsdp") if self.wanted.gpus > 1 else ():
             if other != own:
@@ -87,9 +96,11 @@ class Paperwork:
             resolution=stretch.resolution,
             pieces=pieces,
             micro_batch=each,
+            ran=ran,
+            shares=shares,
             found=found,
             peaks=peaks,
-            largest=self._largest(found, each),
+            largest=self._largest(found, ran),
         )
 
     def step(self, stretch: Stretch) -> Found:
@@ -149,7 +160,7 @@ class Paperwork:
         """Why a run cannot be spread like this; nothing where it can."""
         plain = replace(self.run.spread, parallel=parallel, shard="node", offload=False)
         try:
-            plain.check({"": stretch.stage.optim.kind}, elastic=self.run.deterministic == "elastic")
+            plain.check({stretch.name: stretch.stage.optim.kind}, elastic=self.run.deterministic == "elastic")
         except UserError as error:
             return str(error)
         return ""
@@ -168,11 +179,7 @@ class Paperwork:
 
     def _try(self, stretch: Stretch, parallel: Parallel, each: int, pieces: int) -> Found:
         wanted, run = self.wanted, self.run
-        own = {name: source.weight for name, source in run.sources.items()}
-        weights = weights_in(stretch.stage.sources, own, begins=stretch.begins)
-        now = {name: weight_at(weight, stretch.first) for name, weight in weights.items()}
-        shares = {name: weight / sum(now.values()) for name, weight in now.items()}
-        samples = {name: ceil(each * share) for name, share in shares.items()}
+        samples = _rounded(self._shares(stretch), each)
         setting = Setting(
             run=run,
             stage=stretch.name,
@@ -191,6 +198,24 @@ class Paperwork:
                 paper, self.inputs, samples, pieces=pieces, resolution=stretch.resolution
             ),
         )
+
+    def _shares(self, stretch: Stretch) -> dict[str, float]:
+        """Of the sources that a stretch reads, the mean share of its batches."""
+        own = {name: source.weight for name, source in self.run.sources.items()}
+        weights = weights_in(stretch.stage.sources, own, begins=stretch.begins)
+        steps = range(stretch.first, stretch.last, max(1, (stretch.last - stretch.first) // _LOOKED))
+        shares = dict.fromkeys(weights, 0.0)
+        for step in steps:
+            now = {name: weight_at(weight, step) for name, weight in weights.items()}
+            for name, weight in now.items():
+                shares[name] += weight / sum(now.values()) / len(steps)
+        return shares
+
+
+def _rounded(shares: Mapping[str, float], each: int) -> dict[str, int]:
+    """Samples of each source in a micro-batch: whole ones, never fewer than its share."""
+    # What is only an error of adding up is no sample.
+    return {name: ceil(round(each * share, 6)) for name, share in shares.items()}
 
 
 def _further(less: Found, more: Found, pieces: int) -> Found:

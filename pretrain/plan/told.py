@@ -21,7 +21,7 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
     gpu = gpu_called(wanted.gpu)
     machines = -(-wanted.gpus // wanted.gpus_per_node)
     lengths = "; ".join(f"{each.name}: {_tokens(each)}" for each in inputs if each.holds != "images")
-    seconds = [_seconds(leg, gpu, wanted) for leg in legs]
+    seconds = [max(_computing(leg, gpu, wanted), _sending(leg, gpu)) for leg in legs]
     hours = sum(leg.steps * each for leg, each in zip(legs, seconds, strict=True)) / _HOUR
     samples = sum(leg.samples for leg in legs)
     rows = [
@@ -39,7 +39,8 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
         *_columns(["", *(f"{leg.name}, {leg.resolution} px" for leg in legs)], rows),
         "",
         f"all together: {hours:,.3g} hours, {hours * wanted.gpus:,.6g} GPU-hours, {samples:,} samples, "
-        f"{_passes(samples, inputs)} passes",
+        f"{_together(legs, inputs)}",
+        *_held_up(legs, gpu, wanted),
         *_notes(legs),
     ]
 
@@ -47,7 +48,6 @@ def told(run: Run, wanted: Wanted, inputs: Sequence[Input], legs: Sequence[Leg])
 def _work(legs: Sequence[Leg], inputs: Sequence[Input]) -> list[Row]:
     found = legs[0].found
     parts = found.parts.items()
-    text = sum(sum(each.lengths) / len(each.lengths) for each in inputs if each.holds != "images")
     return [
         ("parameters, of which train",),
         *((f"  {name}", *(_both(leg.found.parts[name]) for leg in legs)) for name, _ in parts),
@@ -59,10 +59,13 @@ def _work(legs: Sequence[Leg], inputs: Sequence[Input]) -> list[Row]:
         ("  GFLOP a sample", *(f"{_all(leg) / leg.batch / 1e9:,.5g}" for leg in legs)),
         ("  run twice to save memory", *(f"{_again(leg):.0%}" for leg in legs)),
         ("  image tokens", *(_count(leg.batch * leg.found.image_tokens) for leg in legs)),
-        ("  text tokens", *(_count(leg.batch * text / len(inputs)) for leg in legs)),
+        ("  text tokens", *(_count(leg.batch * _text(leg, inputs)) for leg in legs)),
         ("samples", *(f"{leg.samples:,}" for leg in legs)),
         ("  steps", *(f"{leg.steps:,}" for leg in legs)),
-        ("  passes over the data", *(_passes(leg.samples, inputs) for leg in legs)),
+        *(
+            (f"  passes over {_named(each, inputs)}", *(_passes([leg], each) for leg in legs))
+            for each in inputs
+        ),
     ]
 
 
@@ -130,12 +133,12 @@ def _disk(
             *(f"{size * _kept(run, leg) / GB:,.4g}" for size, leg in zip(sizes, legs, strict=True)),
         ),
     ]
-    shards, held = sum(each.shards for each in inputs), sum(each.bytes for each in inputs)
-    if shards:
-        known = sum(each.samples or 0 for each in inputs)
-        read = [leg.samples / known for leg in legs]
-        rows.append(("shards read", *(f"{each * shards:,.5g}" for each in read)))
-        rows.append(("TB read", *(f"{each * held / _TB:,.4g}" for each in read)))
+    there = [each for each in inputs if each.shards and each.samples]
+    if there:
+        shards = [sum(each.shards * _read(leg, each) for each in there) for leg in legs]
+        held = [sum(each.bytes * _read(leg, each) for each in there) for leg in legs]
+        rows.append(("shards read", *(f"{each:,.5g}" for each in shards)))
+        rows.append(("TB read", *(f"{each / _TB:,.4g}" for each in held)))
     return rows
 
 
@@ -165,23 +168,63 @@ def _columns(heads: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _seconds(leg: Leg, gpu: Gpu, wanted: Wanted) -> float:
+def _computing(leg: Leg, gpu: Gpu, wanted: Wanted) -> float:
+    """Seconds of a step's FLOPs."""
     return leg.flops / (wanted.utilisation * gpu.flops)
+
+
+def _sending(leg: Leg, gpu: Gpu) -> float:
+    """Seconds of what a step sends: inside the machine and to others go different ways at once."""
+    ways = {way: 0.0 for _, way in leg.found.sent}
+    for (_, way), size in leg.found.sent.items():
+        ways[way] += size / getattr(gpu, way)
+    return max(ways.values(), default=0.0)
+
+
+def _held_up(legs: Sequence[Leg], gpu: Gpu, wanted: Wanted) -> list[str]:
+    """Where sending takes longer than computing."""
+    slow = [leg for leg in legs if _sending(leg, gpu) > _computing(leg, gpu, wanted)]
+    said = (
+        f"{leg.name}, {leg.resolution} px ({_computing(leg, gpu, wanted) * 1e3:,.3g} ms of computing, "
+        f"{_sending(leg, gpu) * 1e3:,.3g} ms of sending: {leg.flops / gpu.flops / _sending(leg, gpu):.1%} of "
+        "the peak is left)"
+        for leg in slow
+    )
+    return [f"the network holds up {'; '.join(said)}"] if slow else []
 
 
 def _all(leg: Leg) -> float:
     """FLOPs of a step on all GPUs."""
-    return leg.flops * leg.batch / (leg.pieces * leg.micro_batch)
+    return leg.flops * leg.batch / (leg.pieces * leg.micro_batch)  # as often as there are GPUs
 
 
 def _again(leg: Leg) -> float:
-    return leg.found.flops.get("again", 0) / leg.flops
+    return leg.found.flops.get("again", 0) * leg.micro_batch / leg.ran / leg.flops
 
 
-def _passes(samples: float, inputs: Sequence[Input]) -> str:
-    if any(each.samples is None for each in inputs):
-        return "-"
-    return f"{samples / sum(each.samples or 0 for each in inputs):,.3g}"
+def _read(leg: Leg, source: Input) -> float:
+    """How often a stretch reads all of a source that has an end."""
+    return leg.samples * leg.shares.get(source.name, 0.0) / (source.samples or 1)
+
+
+def _passes(legs: Sequence[Leg], source: Input) -> str:
+    return "-" if source.samples is None else f"{sum(_read(leg, source) for leg in legs):,.3g}"
+
+
+def _named(source: Input, inputs: Sequence[Input]) -> str:
+    return source.name if len(inputs) > 1 else "the data"
+
+
+def _together(legs: Sequence[Leg], inputs: Sequence[Input]) -> str:
+    if len(inputs) == 1:
+        return f"{_passes(legs, inputs[0])} passes"
+    return "passes over " + ", ".join(f"{each.name} {_passes(legs, each)}" for each in inputs)
+
+
+def _text(leg: Leg, inputs: Sequence[Input]) -> float:
+    """Text tokens of a sample."""
+    there = [each for each in inputs if each.holds != "images"]
+    return sum(leg.shares.get(each.name, 0.0) * sum(each.lengths) / len(each.lengths) for each in there)
 
 
 def _tokens(each: Input) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter as Sums
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from datasets.batch import Batch
 from datasets.tokens import Tokenizer
+from objectives.as_on import as_on
 from objectives.base import Objective
 from pretrain.build import build_pretrainer, train_only
 from pretrain.clipping import by_part, clip, gradient_norms
@@ -28,7 +30,6 @@ from pretrain.plan.paper import Collective, Paper, pretended
 from pretrain.precision import Compute, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.step import Setup, agree, backward
-from pretrain.zoo.attention import as_on
 from pretrain.zoo.head import VocabularyHead
 
 Make = Callable[[Paper], Sequence[Batch]]
@@ -239,7 +240,9 @@ def _step(
     setup = Setup(
         wrapped=wrapped, compute=compute, pool=setting.run.pool, watch=lambda part: counting(counter, part)
     )
-    with held.making("activations"):
+    with held.making("activations"), warnings.catch_warnings():
+        # Sizes have strides of their own, and no number is copied for it.
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
         counts = agree(setup, batches).counts
         factors = {name: 1.0 / count.clamp(min=1) for name, count in counts.items()}
         backward(setup, batches, factors, key=(0, 0))

@@ -5,30 +5,16 @@ N texts, t tokens that ask, s tokens that are asked, H heads, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_AS_ON: ContextVar[str] = ContextVar("as_on", default="")
-
-
-@contextmanager
-def as_on(kind: str) -> Generator[None]:
-    """Choose inside as on a device of this kind, for who only counts what it would do there."""
-    before = _AS_ON.set(kind)
-    try:
-        yield
-    finally:
-        _AS_ON.reset(before)
+from objectives.as_on import chosen_for
 
 
 def spells_out(device: torch.device) -> bool:
     """Whether products are spelled out on a device."""
-    return (_AS_ON.get() or device.type) == "cpu"
+    return chosen_for(device) == "cpu"
 
 
 def split_heads(x: Tensor, *, parts: int, heads: int) -> tuple[Tensor, ...]:

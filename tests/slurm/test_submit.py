@@ -167,6 +167,7 @@ def test_a_stage_follows_in_a_job_of_its_own(standin, sbatch, tmp_path, capsys):
         (CPUS, ["--recipe", "stages:small", "--stage", "three"], "three"),
         (CPUS, ["--recipe", "stages", "--stage", "one"], "this recipe names no data"),
         (CPUS, [*TINY, "--explain"], "--explain prints what a run would do"),
+        (CPUS, [*TINY, "--plan"], "--plan prints what a run would do"),
         (CPUS, ["--recipe", "laptp"], "unknown recipe 'laptp'; did you mean 'laptop'?"),
         (["--gpus", "8"], TINY, "how long may a segment take"),
         (["--time", "1:00"], TINY, "how many GPUs has a node"),

@@ -1,6 +1,7 @@
 """What `--plan` prints, of data that are here and of data that are not, and what it refuses."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -35,8 +36,8 @@ def test_a_recipe_of_two_stages_is_planned_without_data(capsys, tmp_path, monkey
     rows = planned(capsys, "--recipe", "stages:small", *TINY, "--gpus", "4", "--pairs", "1e5")
     assert rows["parameters, of which train"] == []
     assert rows["batch"] == ["64", "32", "32"]
-    assert rows["samples"] == ["25,600", "3,200", "3,200"]
-    assert rows["passes over the data"] == ["0.256", "0.032", "0.032"]
+    assert rows["samples"] == ["51,200", "4,800", "4,800"]
+    assert rows["passes over the data"] == ["0.512", "0.048", "0.048"]
     assert rows["micro-batches x samples a GPU"] == ["1 x 16", "1 x 8", "2 x 4"]
     gigaflops = [float(cell) for cell in rows["GFLOP a sample"]]
     assert gigaflops[0] == gigaflops[1] < gigaflops[2]
@@ -51,7 +52,41 @@ def test_of_data_that_are_here_captions_are_measured(capsys, tmp_path, monkeypat
     assert any("as 512 captions of the data are" in row for row in rows)
     assert "passes over the data" in rows
     assert not any("fsdp" in row for row in rows), "one GPU has no others"
-    assert any("muon" in row for row in planned(capsys, "--recipe", "laptop", *TINY, "--gpus", "2"))
+    assert any(
+        "--stages.one.optim.kind muon" in row
+        for row in planned(capsys, "--recipe", "laptop", *TINY, "--gpus", "2")
+    )
+
+
+def test_a_stage_reads_its_own_sources_by_their_weights(capsys):
+    recipe = str(Path(__file__).parents[1] / "three_stages.py")
+    rows = planned(capsys, "--recipe", recipe, "--gpus", "2", "--pairs", "1000", "--caption-tokens", "9")
+    # 500 pairs a source; stage one reads `pairs` alone, two 3 to 1 and on to 3 to 3, three both alike.
+    assert rows["samples"] == ["96", "128", "64", "64"]
+    assert rows["passes over pairs"][0] == "0.192"
+    assert rows["passes over more"][0] == "0"
+    assert rows["passes over pairs"][3] == rows["passes over more"][3] == "0.064"
+    assert float(rows["passes over more"][1]) == pytest.approx(128 * 0.3 / 500, rel=0.05)
+    assert rows["text tokens"] == ["144", "288", "144", "144"]
+
+
+def test_micro_batches_that_are_rounded_up_are_divided_by_what_ran(capsys):
+    recipe = str(Path(__file__).parents[1] / "three_stages.py")
+    arguments = ("--recipe", recipe, "--stage", "three", "--pairs", "1000", "--caption-tokens", "9")
+    few = planned(capsys, *arguments, "--gpus", "16", "--shuffle.lanes", "16", "--gpus-per-node", "16")
+    many = planned(capsys, *arguments, "--gpus", "8", "--shuffle.lanes", "8")
+    assert few["micro-batches x samples a GPU"] == ["1 x 1"], "one of each of two sources is run"
+    assert float(few["GFLOP a sample"][0]) == pytest.approx(float(many["GFLOP a sample"][0]), rel=1e-3)
+
+
+def test_only_the_stage_that_is_named_is_planned_and_sending_holds_it_up(capsys):
+    arguments = ["--recipe", "stages:small", *TINY, "--gpus", "16", "--pairs", "1e5", "--stage", "one"]
+    rows = planned(capsys, *arguments)
+    assert rows["samples"] == ["51,200"]
+    sent = [cells[0] for name, cells in rows.items() if ", between machines" in name]
+    sending = sum(float(re.findall(r"\(([\d.]+) ms", cell)[0]) for cell in sent)
+    assert float(rows["ms a step"][0]) == pytest.approx(sending, rel=0.02)
+    assert any(name.startswith("the network holds up one, ") for name in rows)
 
 
 @pytest.mark.parametrize(

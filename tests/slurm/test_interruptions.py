@@ -49,11 +49,21 @@ def test_its_time_limit_comes(training):
     assert is_clean(job.output), job.output
 
 
-def test_a_signal_reaches_one_rank_only(training):
-    job = training.submit("stage1", pace=QUICK)
+def test_a_signal_reaches_one_rank_only_and_slurm_does_not_answer_at_first(training, tmp_path):
+    """`scontrol requeue` fails twice, as it does while a controller restarts."""
+    shim = tmp_path / "bin" / "scontrol"
+    shim.parent.mkdir()
+    shim.write_text(
+        f'#!/bin/sh\nif [ "$1" = requeue ] && [ ! -e {tmp_path}/twice ]; then\n'
+        f"  [ -e {tmp_path}/once ] && : > {tmp_path}/twice\n  : > {tmp_path}/once\n"
+        '  echo "Unable to contact slurm controller" >&2; exit 1\nfi\nexec /usr/bin/scontrol "$@"\n'
+    )
+    shim.chmod(0o755)
+    job = training.submit("stage1", pace=QUICK, path=str(shim.parent))
     training.wait_for_step(15)
     os.kill(job.tasks()[1].id, signal.SIGTERM)
     training.finish(job)
+    assert (tmp_path / "twice").exists()
     assert job.restarts == 1
     assert training.lost == [0, 0]
     assert is_clean(job.output), job.output
@@ -168,25 +178,6 @@ def test_its_user_wants_it_no_more(training):
     assert training.lost == [0, 0]
     assert job.state == "CANCELLED"
     assert is_clean(again.output), again.output
-
-
-def test_slurm_does_not_answer_at_first(training, tmp_path):
-    """scontrol fails twice, as it does while a controller restarts."""
-    shim = tmp_path / "bin" / "scontrol"
-    shim.parent.mkdir()
-    shim.write_text(
-        f'#!/bin/sh\nif [ "$1" = requeue ] && [ ! -e {tmp_path}/twice ]; then\n'
-        f"  [ -e {tmp_path}/once ] && : > {tmp_path}/twice\n  : > {tmp_path}/once\n"
-        '  echo "Unable to contact slurm controller" >&2; exit 1\nfi\nexec /usr/bin/scontrol "$@"\n'
-    )
-    shim.chmod(0o755)
-    job = training.submit("stage1", pace=QUICK, path=str(shim.parent))
-    training.wait_for_step(15)
-    job.signal("USR2")
-    training.finish(job)
-    assert (tmp_path / "twice").exists()
-    assert job.restarts == 1
-    assert training.lost == [0, 0]
 
 
 def test_a_mistake_is_not_tried_again(training):

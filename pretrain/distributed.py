@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from datasets.errors import UserError
 from pretrain.place import Place, job_here, place_here
-from pretrain.rendezvous import Wait, meet
+from pretrain.rendezvous import RendezvousError, Wait, meet
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Ranks wait for rank zero while it judges the model."""
@@ -138,7 +138,8 @@ def join_ranks(out: Path, *, asked: Callable[[], bool] = lambda: False) -> Gener
         asked: whether to stop waiting for them.
 
     Raises:
-        UserError: the other ranks do not come (names host and port), or there are more than GPUs.
+        RendezvousError: the other ranks do not come (names host and port).
+        UserError: there are more than GPUs.
         LeftError: it was asked to stop before they had come.
     """
     place = place_here()
@@ -170,9 +171,9 @@ def _join(place: Place, device: torch.device, store: Store | None, wait: Wait) -
             )
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        raise UserError(
-            f"rank {place.rank} of {place.world} found no rendezvous at {where}: {error}"
-        ) from error
+        words = f"rank {place.rank} of {place.world} found no rendezvous at {where}: {error}"
+        # What is written wrong in the environment stays so, what did not answer may come back.
+        raise (UserError if isinstance(error, ValueError) else RendezvousError)(words) from error
 
 
 def _door(out: Path) -> Path:

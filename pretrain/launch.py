@@ -41,7 +41,7 @@ from pretrain.lineage import check_ranks
 from pretrain.loop import check, rehearsal, train
 from pretrain.place import alone_among, place_here
 from pretrain.prepare import Origin, build, claim, find_origin, say
-from pretrain.rendezvous import LeftError
+from pretrain.rendezvous import LeftError, RendezvousError
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
 from pretrain.training import Training
@@ -83,9 +83,9 @@ def _told(error: Exception) -> int | None:
     """Say in a sentence why this rank leaves, and its exit code; None for a crash that is its own."""
     mine = _verdict(error)
     first = give(mine)
-    if mine.code == USER_ERROR:
+    if mine.code == USER_ERROR or isinstance(error, RendezvousError):
         sys.stderr.write(f"error: {mine.reason}\n")
-        return USER_ERROR
+        return mine.code
     if first == mine:
         return None
     # Its end closed our connections: what is raised here is only that.
@@ -142,7 +142,8 @@ def _spoken() -> Generator[None]:
 def _verdict(error: Exception) -> Verdict:
     rank = place_here().rank
     if isinstance(error, UserError):
-        return Verdict(code=USER_ERROR, reason=str(error), rank=rank)
+        code = CRASH if isinstance(error, RendezvousError) else USER_ERROR  # worth another try
+        return Verdict(code=code, reason=str(error), rank=rank)
     if isinstance(error, OSError) and error.errno in _STORAGE:
         where = error.filename or "the run directory"
         return Verdict(code=USER_ERROR, reason=f"{error.strerror}: {where}", rank=rank)
@@ -206,7 +207,7 @@ def train_stage(
         training.stopwatch.peak = matmul_peak(training.setup.compute)
         training.stopwatch.take()  # what was rehearsed was no step
         with _watchdog(training) as watchdog:
-            training.clock = Clock(watch=watchdog)
+            training.clock, training.asked = Clock(watch=watchdog), preemption.asked
             outcome = train(training, preemption)
         # Whoever ends a job gives it seconds: pages can be written any time, and what is saved can be seen.
         training.hurried = outcome == "interrupted" and preemption.requested != "SIGINT"

@@ -35,8 +35,9 @@ from pretrain.training import Training
 
 def train(training: Training, preemption: Preemption) -> Literal["finished", "interrupted"]:
     """Train from where the run stands to the end of its stage, or to the step boundary after a signal."""
-    if during.is_pending(training):
-        during.evaluate(training)  # the process ended before it had
+    # The process ended before it had.
+    if during.is_pending(training) and not during.evaluate(training):
+        return "interrupted"
     for stretch in training.curriculum.of_stage(training.stage):
         first = max(stretch.first, training.standing.step)
         loader = _loader(training, stretch)
@@ -79,7 +80,8 @@ def train(training: Training, preemption: Preemption) -> Literal["finished", "in
                 if judged:
                     with training.clock.pause():
                         training.saver.finish()
-                    during.evaluate(training)
+                    if not during.evaluate(training):
+                        return "interrupted"  # with this step saved
     return "finished"
 
 

@@ -39,6 +39,10 @@ _LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 
 
+class RendezvousError(UserError):
+    """The ranks did not find each other: a node came late, or there is something to mend. Worth a try."""
+
+
 class LeftError(Exception):
     """It was asked to stop before all ranks had come."""
 
@@ -106,7 +110,8 @@ def meet(place: Place, file: Path, wait: Wait) -> Generator[Store]:
         wait: for how long.
 
     Raises:
-        UserError: somebody did not come, or the file cannot be written.
+        RendezvousError: somebody did not come.
+        UserError: the file cannot be written.
         LeftError: it was asked to stop first.
     """
     if place.rank:
@@ -123,19 +128,21 @@ def meet(place: Place, file: Path, wait: Wait) -> Generator[Store]:
                 return not missing
 
             if not wait.until(all_here):
-                raise UserError(
+                raise RendezvousError(
                     f"rank 0 waited {wait.seconds:g} s at {door}, and {_few(missing)} of {place.world} did "
                     f"not come: look at their nodes, or set {PATIENCE} higher"
                 )
             store.set("all", "here")
         elif not wait.until(lambda: store.check(["all"])):
-            raise UserError(
+            raise RendezvousError(
                 f"rank {place.rank} waited {wait.seconds:g} s at {door}, and not all {place.world} ranks "
                 f"came: rank 0 says which, or set {PATIENCE} higher"
             )
         yield store
     except dist.DistError as error:
-        raise UserError(f"rank {place.rank} lost the rendezvous at {door}: {_first_line(error)}") from error
+        raise RendezvousError(
+            f"rank {place.rank} lost the rendezvous at {door}: {_first_line(error)}"
+        ) from error
     finally:
         if place.rank == 0:
             with suppress(OSError):
@@ -179,12 +186,12 @@ def _enter(place: Place, file: Path, wait: Wait) -> tuple[Store, _Door]:
     if wait.until(entered):
         return found[0]
     if not doors:
-        raise UserError(
+        raise RendezvousError(
             f"rank {place.rank} of {place.world} waited {wait.seconds:g} s, and rank 0 never said in {file} "
             "where it listens: see why it did not start, give all ranks the same --out, or set "
             f"{PATIENCE} higher"
         )
-    raise UserError(
+    raise RendezvousError(
         f"rank {place.rank} of {place.world} on {place.node} found no way to rank 0 at {doors[0]} within "
         f"{wait.seconds:g} s: open that way between the nodes, or set {PATIENCE} higher"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,6 +64,8 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     pending: list[tuple[int, Tensor, StepReport]] = field(default_factory=list)
     """Steps done whose numbers were not read from the device yet: (step, sample ids, report)."""
+    asked: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to stop."""
     hurried: bool = False
     """Whether a scheduler is about to end the process."""
     quarantine: Quarantine | None = None

@@ -10,6 +10,7 @@ from datasets.scenes import Scenes
 from datasets.source import Source
 from pretrain.evaluate.examine import examine
 from pretrain.evaluate.judge import Judge, compared_by, matcher_of
+from pretrain.evaluate.observe import StoppedError
 from pretrain.evaluate.possible import Examination, plan
 from pretrain.evaluate.results import AVERAGED, Results, save, table
 from pretrain.evaluate.scenes import examine_scenes
@@ -48,25 +49,31 @@ def check(training: Training) -> None:
             training.sink.note(sentence)
 
 
-def evaluate(training: Training) -> None:
+def evaluate(training: Training) -> bool:
     """Judge the model on all ranks together, tell the sinks, and write a sample sheet.
 
     It is the average of the weights that is judged, where there is one.
+
+    Returns:
+        False where a rank was asked to stop first: nothing is told, and the next start judges anew.
     """
     averaged = nullcontext() if training.ema is None else training.ema.swapped()
     with training.clock.pause(), averaged, training.setup.wrapped.whole():
         try:
             results = _examine(training)
+        except StoppedError:
+            return False
         except UserError as error:
             if _is_last(training):
                 raise
             # Half-way, training matters more: another --val or --eval.classes is in time until the end.
             training.sink.note(f"warning: step {training.standing.step} is not judged: {error}")
-            return
+            return True
         if training.ranks.zero:
             _tell(training, results)
             _show(training, results)
         training.ranks.wait()
+    return True
 
 
 def judge_of(training: Training) -> Judge:
@@ -79,6 +86,7 @@ def judge_of(training: Training) -> Judge:
         compares=compared_by(training.pretrainer.objectives),
         matcher=matcher_of(training.pretrainer.objectives),
         rerank=training.run.eval.rerank,
+        asked=training.asked,
     )
 
 

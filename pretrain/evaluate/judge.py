@@ -5,7 +5,7 @@ B images, N texts, D embedding width, W width of the image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -76,6 +76,8 @@ class Judge:
     """What says whether an image and a text match, where the model was trained to."""
     rerank: int = 16
     """The nearest answers of a query that the matcher puts into a new order; 0 for none."""
+    asked: Callable[[], bool] = lambda: False
+    """Whether to stop before all of it was judged; one rank's word is enough."""
 
     @contextmanager
     def _running(self) -> Iterator[None]:

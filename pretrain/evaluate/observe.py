@@ -25,6 +25,10 @@ THREADS = 2
 Part = TypeVar("Part")
 
 
+class StoppedError(Exception):
+    """A rank was asked to stop before all of it was judged; raised on every rank alike."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """A data set as a model sees it; the same on every rank, and bit by bit on any number of them.
@@ -82,6 +86,7 @@ def observe(
 
     Raises:
         UserError: not one sample can be read, or the data themselves cannot; on every rank alike.
+        StoppedError: a rank was asked to stop; the others have ended their share.
     """
     batches = evaluation_batches(
         source,
@@ -95,7 +100,11 @@ def observe(
     )
     mine = Share[Observed]()
     try:
-        mine.parts += [_part(examined, judge.look(examined.batch, write=write)) for examined in batches]
+        for examined in batches:
+            if judge.asked():
+                mine.stopped = True
+                break
+            mine.parts.append(_part(examined, judge.look(examined.batch, write=write)))
     except (OSError, UserError) as error:  # for every rank to know, or the others would wait for this one
         mine.fault = f"{source.name} cannot be read: {error}"
     parts = together(mine, ranks)
@@ -111,6 +120,8 @@ class Share(Generic[Part]):
     parts: list[Part] = field(default_factory=lambda: [])
     fault: str = ""
     """Why it has not made all of it."""
+    stopped: bool = False
+    """Whether it was asked to stop first."""
 
 
 def together(mine: Share[Part], ranks: Ranks) -> list[Part]:
@@ -118,6 +129,7 @@ def together(mine: Share[Part], ranks: Ranks) -> list[Part]:
 
     Raises:
         UserError: one of them has met a fault; on every rank alike.
+        StoppedError: one of them was asked to stop; on every rank alike.
     """
     everyone = [mine]
     if ranks.group is not None:
@@ -126,6 +138,8 @@ def together(mine: Share[Part], ranks: Ranks) -> list[Part]:
     fault = next((each.fault for each in everyone if each.fault), "")
     if fault:
         refuse(fault, ranks)
+    if any(each.stopped for each in everyone):
+        raise StoppedError
     return [part for each in everyone for part in each.parts]
 
 

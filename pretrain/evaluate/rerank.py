@@ -51,6 +51,7 @@ def reranked(
 
     Raises:
         UserError: the data cannot be read again, or have changed; on every rank alike.
+        StoppedError: a rank was asked to stop; on every rank alike.
     """
     assert seen.texts is not None
     right = Right.of(seen.owner, seen.text_id)
@@ -151,6 +152,9 @@ def _logits(
     mine = Share[Tensor]()
     try:
         for place, examined in zip(share(len(seen.batches), ranks.rank, ranks.world), batches, strict=True):
+            if judge.asked():
+                mine.stopped = True
+                break
             start, stop = starts[place], starts[place + 1]
             kept = examined.batch.image_valid
             if [examined.samples[at].key for at in kept.nonzero().flatten()] != [*seen.keys[start:stop]]:

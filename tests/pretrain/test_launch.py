@@ -20,6 +20,7 @@ from objectives.base import Pass
 from objectives.lm import LM
 from pretrain import checkpoint, launch, loop
 from pretrain.evaluate import during, sheet
+from pretrain.evaluate.observe import StoppedError
 from pretrain.evaluate.results import Result
 from pretrain.evaluate.sheet import Sheet
 from pretrain.ledger import Ledger
@@ -124,6 +125,24 @@ def test_evaluations_come_when_they_are_due_and_one_that_was_cut_short_is_made_u
         "step-00000005.json", "step-00000010.json", "step-00000014.json",
     ]  # fmt: skip
     assert [each.step for each in read_starts(out / "starts.jsonl")] == [0, 10]
+
+
+def test_a_signal_ends_an_evaluation_which_is_made_at_the_next_start(tmp_path, monkeypatch):
+    """Also that after the last step."""
+    out, judged = tmp_path / "run", []
+
+    def examine(training):
+        judged.append(training.standing.step)
+        if judged.count(judged[-1]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if training.asked():
+            raise StoppedError
+        return {"step": Result(value=1.0)}
+
+    monkeypatch.setattr(during, "_examine", examine)
+    codes = [launch.main(command(out, "--eval.every 10")) for _ in range(3)]
+    assert codes == [launch.INTERRUPTED, launch.INTERRUPTED, launch.DONE]
+    assert judged == [10, 10, 14, 14]
 
 
 def test_an_evaluation_that_fails_halfway_is_a_warning_and_at_the_end_an_error(tmp_path, capsys, monkeypatch):

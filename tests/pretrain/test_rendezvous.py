@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from datasets.errors import UserError
-from pretrain.rendezvous import Wait, addresses
+from pretrain import launch, verdict
+from pretrain.rendezvous import RendezvousError, Wait, addresses
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = """
@@ -85,6 +86,18 @@ def test_who_did_not_come_is_named_with_host_and_port(tmp_path):
     assert zero.count("\n") == 1
     assert "rank 2" in two
     assert "no-such-node-0:" in two
+
+
+def test_ranks_that_do_not_come_are_a_sentence_and_worth_another_start(tmp_path, capsys, monkeypatch):
+    def join(out, *, asked):
+        raise RendezvousError("rank 0 waited 300 s")
+
+    monkeypatch.setattr(launch, "join_ranks", join)
+    monkeypatch.setenv(verdict.VARIABLE, str(tmp_path / "verdict.json"))
+    assert launch.main(["--out", str(tmp_path / "run")]) == launch.CRASH
+    assert capsys.readouterr().err == "error: rank 0 waited 300 s\n"
+    found = verdict.read(tmp_path / "verdict.json")
+    assert found == verdict.Verdict(code=launch.CRASH, reason="rank 0 waited 300 s")
 
 
 def test_a_rank_zero_that_never_spoke_is_said_with_the_file(tmp_path):

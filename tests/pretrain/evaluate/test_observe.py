@@ -11,7 +11,7 @@ import torch
 from datasets.errors import UserError
 from datasets.sources import open_source
 from pretrain.distributed import Ranks
-from pretrain.evaluate.observe import observe
+from pretrain.evaluate.observe import StoppedError, observe
 from pretrain.testing import untrained_judge
 
 ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"), group=None)
@@ -49,6 +49,29 @@ def test_the_same_on_any_number_of_ranks(judge, shard, pool):
     for world in (1, 2, 4):
         for found in pool.run(observe_on, world, shard=shard):
             assert found == alone
+
+
+def stop_on(ranks, shard):
+    """On each rank of the pool: the last is asked to stop before its second batch. How often each asked."""
+    looked = []
+
+    def asked():
+        looked.append(ranks.rank)
+        return ranks.rank == ranks.world - 1 and len(looked) == 2
+
+    judge = replace(untrained_judge(), batch=2, asked=asked)
+    try:
+        observe(judge, opened(shard), resolution=32, ranks=ranks)
+    except StoppedError:
+        return len(looked)
+    return 0
+
+
+def test_where_one_rank_is_asked_to_stop_all_do(shard, pool):
+    """Seven batches: the others end their share first."""
+    assert pool.run(stop_on, 1, shard=shard) == [2]
+    first, last = pool.run(stop_on, 2, shard=shard)
+    assert (first in (3, 4), last) == (True, 2)
 
 
 def fail_on(ranks, shard):

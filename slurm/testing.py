@@ -300,7 +300,8 @@ class Job:
         """Start it as soon as it can be, where a time is all it waits for."""
         shown = self.show()
         if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
-            self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+            with suppress(subprocess.CalledProcessError):  # it has begun or is still being put back
+                self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 
     def signal(self, name: str) -> None:
         """Send the tasks of all its ranks a signal, as Slurm does before a time limit."""

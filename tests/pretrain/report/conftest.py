@@ -102,7 +102,7 @@ def make_run(tmp_path):
             records.insert(place, evaluation(step))
         records[-1]["finished"] = 1.0
         (root / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-        first = {"time": START, "step": 0, "lost": 0, "ranks": 1, "device": "cpu"}
+        first = {"time": START, "step": 0, "stage": "one", "lost": 0, "ranks": 1, "device": "cpu"}
         (root / "starts.jsonl").write_text(json.dumps(first) + "\n")
         for step, said in ((500, "a square"), (1000, "a red square")):
             write_sheet(root, step, said)

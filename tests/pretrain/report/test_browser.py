@@ -136,7 +136,7 @@ def hostile_run(root):
         for step in (1001, 1002):
             record = {"step": step, "samples": 64 * step, HOSTILE: step, f"eval/{HOSTILE}": step}
             file.write(json.dumps(record) + "\n")
-    start = {"time": 1_800_000_900.0, "step": 1, "lost": 1, "ranks": 1, "device": HOSTILE}
+    start = {"time": 1_800_000_900.0, "step": 1, "stage": HOSTILE, "lost": 1, "ranks": 1, "device": HOSTILE}
     with (root / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
     return root

@@ -18,7 +18,8 @@ def write(root, reports, starts):
         for at, step in reports
     ]
     (root / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    lines = [{"time": at, "step": step, "lost": 0, "ranks": 1, "device": "cpu"} for at, step in starts]
+    rest = {"stage": "one", "lost": 0, "ranks": 1, "device": "cpu"}
+    lines = [{"time": at, "step": step, **rest} for at, step in starts]
     (root / "starts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     return timing(collect(root))
 

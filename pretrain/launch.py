@@ -63,6 +63,8 @@ def main(arguments: Sequence[str], preemption: Preemption | None = None) -> int:
     """
     try:
         command = _parsed(arguments)
+        if preemption is not None and (command.explain or command.plan is not None):
+            preemption.__exit__()  # there is nothing to save: a signal ends it as it ends any program
         return _plan(command) if command.plan is not None else _joined(command, preemption)
     except LeftError:
         give(Verdict(code=INTERRUPTED, reason="asked to stop before all ranks had come"))
@@ -178,6 +180,8 @@ def launch(command: Command, ranks: Ranks, preemption: Preemption) -> int:
             code = train_stage(command, curriculum, data, rundir, ranks, preemption, origin, stage=stage)
             if code != DONE:
                 return code
+        if stages and ranks.zero and command.stage not in (None, list(curriculum.stages)[-1]):
+            say(already(command))
         return DONE
 
 

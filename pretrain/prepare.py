@@ -229,9 +229,12 @@ def introduction(command: Command, training: Training, data: Data) -> list[str]:
     objectives = " + ".join(run.stages[training.stage].objectives or run.objectives)
     begin = f"from step {standing.step}" if standing.step else "from the start"
     where = here[0].source.name if len(here) == 1 else f"{len(here)} sources"
-    which = f"stage {training.stage}, " if len(run.stages) > 1 else ""
+    steps, samples = f"{curriculum.steps} steps", f"{curriculum.samples} samples"
+    if len(run.stages) > 1:
+        steps = f"stage {training.stage}, steps {stretches[0].begins} to {stretches[0].ends} of {steps}"
+        samples = f"{sum((each.last - each.first) * each.batch for each in stretches)} samples"
     return [
-        f"{which}{objectives} on {where}: {curriculum.steps} steps, {curriculum.samples} samples, {begin}",
+        f"{objectives} on {where}: {steps}, {samples}, {begin}",
         f"everything is kept in {command.out}",
         *summary(training.pretrainer),
         *remarks(training.pretrainer),

@@ -24,6 +24,7 @@ import yaml
 
 from datasets.errors import UserError
 from pretrain import fencing
+from pretrain.starts import read_starts
 
 _IDENTITY = re.compile(r"# identity: (\S+)")
 
@@ -206,11 +207,19 @@ def _belongs(
     differences = _differences(yaml.safe_load(before), yaml.safe_load(run_yaml), budgets)
     fixed = [words for key, words in differences if key.split(".")[0] not in changeable]
     named = [words for _, words in differences]
-    if allow_changed and not fixed:
+    begun = {start.stage for start in read_starts(run.starts)}
+    ahead = [words for key, words in differences if _is_of_a_stage_ahead(key, begun)]
+    if named and (ahead == named or (allow_changed and not fixed)):
         return before, named
     which = f"differs in {'; '.join(_few(fixed or named))}" if named else "names its parts in another order"
     way = ", or go on in spite of it with --allow-changed" if named and not fixed else ""
     raise UserError(f"{run.root} belongs to another run, which {which}: choose another --out{way}")
+
+
+def _is_of_a_stage_ahead(key: str, begun: Collection[str]) -> bool:
+    """Whether a setting is one of a stage that has not begun: nothing was trained with it."""
+    top, name, *_ = [*key.split("."), ""]
+    return top == "stages" and name not in begun
 
 
 def _has_content(path: Path) -> bool:

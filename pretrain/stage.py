@@ -56,7 +56,7 @@ class Stage:
         if self.steps < 1:
             raise UserError(f"{flag}.steps is {self.steps}; it must be at least 1")
         for key in ("batch", "micro_batches", "resolution"):
-            check_by_step(getattr(self, key), f"{flag}.{key}", steps=self.steps)
+            check_by_step(getattr(self, key), f"{flag}.{key.replace('_', '-')}", steps=self.steps)
         self.optim.check(f"{flag}.optim", steps=self.steps)
         for step in self.changes():
             batch, micro_batches = held_at(self.batch, step), held_at(self.micro_batches, step)

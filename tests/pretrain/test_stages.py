@@ -200,6 +200,18 @@ def test_another_kind_of_optimizer_has_no_use_for_what_was_kept(tmp_path, capsys
     assert "holds what adamw kept, of which --stages.one.optim.kind lamb" in capsys.readouterr().err
 
 
+def test_a_stage_that_has_not_begun_may_be_changed(tmp_path, capsys):
+    """Another rate or freeze for what comes next, after a day of what came before."""
+    out = tmp_path / "run"
+    assert in_child(command(out, "--stage one")) == launch.DONE
+    more = "--stage two --stages.two.optim.lr 1e-4 --stages.three.trainable.image.* 0.5"
+    assert in_child(command(out, more)) == launch.DONE
+    *_, start = read_starts(out / "starts.jsonl")
+    assert any("stages.two.optim.lr" in words for words in start.changed)
+    assert launch.main(command(out, "--stage three --stages.one.optim.lr 1e-4")) == launch.USER_ERROR
+    assert "belongs to another run, which differs in" in capsys.readouterr().err
+
+
 def test_other_stages_than_those_behind_are_refused(straight, capsys):
     assert launch.main(command(straight, "--stages.one.steps 5 --stages.two.steps 9")) == launch.USER_ERROR
     said = capsys.readouterr().err

@@ -20,6 +20,8 @@ from slurm import jobs
 from slurm.progress import Progress, read_progress
 from slurm.scheduler import Queued, ask
 
+_BREATH = 60
+"""Seconds after the end of a stage in which the next one may begin."""
 _SILENT = 600
 """Seconds without a step after which a run that nobody vouches for is taken to be dead."""
 
@@ -159,6 +161,8 @@ def _state(
         over = _known(progress, handed, queue, live=False)
         return "stopped", f"job {over[-1].job} is {over[-1].state}" if over else "Slurm knows its job no more"
     silent = now - (progress.active or progress.begun)
+    if silent > _BREATH and progress.finished and progress.step == progress.stages[progress.finished[-1]]:
+        return "stopped", f"finished so far: {', '.join(progress.finished)}"
     return ("running", "") if silent < _SILENT else ("silent", "no step for ten minutes")
 
 

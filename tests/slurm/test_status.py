@@ -181,7 +181,7 @@ def test_how_it_ended(run, squeue):
 def test_stages_that_are_finished(run, squeue):
     for step in range(10, 101, 10):
         run.report(step)
-    run.report(100, finished=1.0)
+    run.report(100, ago=200.0, finished=1.0)
     assert run.status.stage == "two"
     run.event("end", code=0)
     assert (run.status.state, run.status.why) == ("stopped", "finished so far: one")
@@ -190,6 +190,16 @@ def test_stages_that_are_finished(run, squeue):
     run.report(150, finished=1.0)
     status = run.status
     assert (status.state, status.stage, status.step, status.seconds_left) == ("finished", "two", 150, None)
+
+
+def test_a_stage_that_ended_by_itself_is_no_run_that_goes_on(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    run.start(ago=300.0)
+    run.report(100, ago=200.0, finished=1.0)
+    run.ledger(100, ago=30.0)
+    assert run.status.state == "running"
+    run.ledger(100, ago=90.0)
+    assert (run.status.state, run.status.why) == ("stopped", "finished so far: one")
 
 
 def test_without_slurm_and_supervisor_steps_tell(run, monkeypatch):

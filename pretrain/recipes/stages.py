@@ -55,13 +55,13 @@ def small() -> Run:
     one, two = published.stages["one"], published.stages["two"]
     optim = replace(one.optim, lr=2e-3, warmup=50)
     stages = {
-        "one": replace(one, steps=800, batch=64, resolution=64, optim=optim, ema=0.99),
+        "one": replace(one, steps=600, batch=64, resolution=64, optim=optim, ema=0.99),
         "two": replace(
             two,
-            steps=300,
+            steps=240,
             batch=32,
-            micro_batches=((0, 1), (150, 2)),
-            resolution=((0, 64), (150, 112)),
+            micro_batches=((0, 1), (120, 2)),
+            resolution=((0, 64), (120, 112)),
             optim=replace(optim, lr=5e-4, warmup=10),
             ema=0.99,
         ),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -41,6 +42,8 @@ def in_child(command, arguments):
             torch.set_num_threads(1)
             with redirect_stdout(said), redirect_stderr(said):
                 code = command([str(argument) for argument in arguments])
+        except BaseException:
+            traceback.print_exc(file=said)
         finally:
             os.write(writing, said.getvalue().encode())
             os._exit(code)

@@ -223,6 +223,7 @@ def pretended(world: int) -> Generator[dist.ProcessGroup | None]:
     if world == 1:
         yield None
         return
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -233,4 +234,6 @@ def pretended(world: int) -> Generator[dist.ProcessGroup | None]:
         assert isinstance(group, dist.ProcessGroup)
         yield group
     finally:
+        # What torch remembers of shards names the first mesh of their shape: here, one whose rank is zero.
+        _clear_sharding_prop_cache()
         dist.destroy_process_group()

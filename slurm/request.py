@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 import tyro
 
 from datasets.errors import UserError
+from slurm.scheduler import absent
 
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<after>\d+)(?::(?P<past>[0-5]?\d))?|(?P<hours>\d+):(?P<minutes>[0-5]\d))(?::[0-5]\d)?"
@@ -116,11 +116,8 @@ class Request:
     def _check_cluster(self) -> None:
         if self.time is None:
             raise UserError("how long may a segment take? --time 24:00 are 24 hours")
-        if shutil.which("sbatch") is None or shutil.which("srun") is None:
-            raise UserError(
-                "there is no Slurm on this machine (no sbatch): submit on a login node, or run here with "
-                "--executor local"
-            )
+        if (missing := absent()) is not None:
+            raise UserError(f"{missing}: submit from a login node, or run here with --executor local")
 
     def stages(self) -> list[tuple[str, Request]]:
         """Each following stage and what it asks for.

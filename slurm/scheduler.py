@@ -1,7 +1,8 @@
-"""What Slurm says of jobs; nothing, where there is no Slurm or it knows them no more."""
+"""Whether there is a Slurm, and what it says of jobs; nothing, where it knows them no more."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,19 @@ class Queued:
     def live(self) -> bool:
         """Whether it runs or will."""
         return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def absent() -> str | None:
+    """Why nothing can be submitted from this machine, in words; None where a cluster answers."""
+    for name in ("sbatch", "srun", "sinfo"):
+        if shutil.which(name) is None:
+            return f"there is no Slurm on this machine (no {name})"
+    try:  # its commands may be installed where no cluster is, or none that answers
+        asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=_PATIENCE)
+        answers = asked.returncode == 0
+    except subprocess.TimeoutExpired:
+        answers = False
+    return None if answers else "no Slurm answers on this machine (`sinfo` says why)"
 
 
 def ask(ids: Iterable[str]) -> dict[str, Queued] | None:

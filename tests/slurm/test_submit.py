@@ -61,7 +61,7 @@ def standin(tmp_path, monkeypatch):
 def sbatch(tmp_path, monkeypatch):
     """A Slurm that takes everything and starts nothing; what it was given, in order."""
     (tmp_path / "bin").mkdir()
-    for name in ("srun", "squeue"):
+    for name in ("srun", "sinfo", "squeue"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
     (tmp_path / "bin" / "sbatch").write_text(
         f'#!/bin/sh\necho "$1" >> {tmp_path}/given\nn=$(wc -l < {tmp_path}/given)\n'
@@ -202,6 +202,15 @@ def test_what_slurm_refuses_is_said_in_its_words(sbatch, standin, tmp_path, caps
         "Batch job submission failed: Invalid partition name specified\n"
     )
     assert list(jobs.read(tmp_path / "run")) == []
+
+
+def test_without_a_slurm_that_answers_nothing_is_written(sbatch, standin, tmp_path, capsys):
+    sbatch.with_name("sinfo").write_text("#!/bin/sh\necho 'sinfo: fatal: no configuration' >&2\nexit 1\n")
+    assert main([*CPUS, "--", *TINY, "--out", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "no Slurm answers on this machine" in captured.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_in_this_process(tmp_path, monkeypatch):

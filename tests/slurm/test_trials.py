@@ -143,7 +143,18 @@ def test_what_cannot_be_asked_for(asked, said, with_sbatch):
 
 def test_without_slurm_it_says_what_runs_here(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"no Slurm on this machine .*run here with --executor local"):
+    with pytest.raises(UserError, match=r"no Slurm on this machine \(no sbatch\): submit from a login node"):
+        Request(gpus=8, time="1:00").check()
+    Request(gpus=8, executor="local").check()
+
+
+def test_a_slurm_that_is_installed_but_does_not_answer(with_sbatch):
+    """Its commands alone are no cluster; what they say of it is not ours to repeat."""
+    (with_sbatch / "sinfo").write_text("#!/bin/sh\necho 'sinfo: fatal: no configuration' >&2\nexit 1\n")
+    said = r"^no Slurm answers on this machine \(`sinfo` says why\): submit from a login node, or run here"
+    with pytest.raises(UserError, match=f"{said} with --executor local$"):
+    )
+    with pytest.raises(UserError, match=f"{said}--executor local$"):
         Request(gpus=8, time="1:00").check()
 
 
@@ -159,7 +170,8 @@ def test_a_stage_that_follows_with_what_it_needs_otherwise(then, with_sbatch):
 
 @pytest.fixture
 def with_sbatch(tmp_path, monkeypatch):
-    for name in ("sbatch", "srun"):
+    for name in ("sbatch", "srun", "sinfo"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path

@@ -153,8 +153,6 @@ def test_a_slurm_that_is_installed_but_does_not_answer(with_sbatch):
     (with_sbatch / "sinfo").write_text("#!/bin/sh\necho 'sinfo: fatal: no configuration' >&2\nexit 1\n")
     said = r"^no Slurm answers on this machine \(`sinfo` says why\): submit from a login node, or run here"
     with pytest.raises(UserError, match=f"{said} with --executor local$"):
-    )
-    with pytest.raises(UserError, match=f"{said}--executor local$"):
         Request(gpus=8, time="1:00").check()
 
 

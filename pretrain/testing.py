@@ -1,4 +1,4 @@
-"""What tests of several ranks share: a pool of processes that is started once, and a tiny model.
+"""What tests of several ranks share: processes, started once or forked, and a tiny model.
 
 Importing torch in four processes takes longer than most tests, so one pool of four lives as long as the
 test session and lends groups of 2 or all 4 of its ranks to functions of test files.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,45 @@ def _load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def forked_ranks(program: Callable[[], int], world: int, said: int) -> int:
+    """Run a program on forks of this process, which find what torchrun would tell them.
+
+    Args:
+        program: called in each of them; gives its exit code.
+        world: how many ranks.
+        said: file descriptor of what they print.
+
+    Returns:
+        The process of rank zero, the parent of the others, which ends with the largest of their exit codes.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    if leader := os.fork():
+        return leader
+    code = 1
+    try:
+        others = {}
+        for rank in range(1, world):
+            if (child := os.fork()) == 0:
+                others, mine = {}, rank
+                break
+            others[child] = rank
+        else:
+            mine = 0
+        os.environ.update(RANK=str(mine), LOCAL_RANK=str(mine), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        torch.set_num_threads(1)
+        code = program()
+        code = max([code, *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in others)])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 class TinyImage(ImageTower):

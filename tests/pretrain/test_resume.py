@@ -9,11 +9,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Any
 import open_clip  # noqa: F401 (what a run imports late, so that no fork has to)
 import pytest
 import timm  # noqa: F401
-import torch
 
 from datasets.mixture import Account, allot
 from datasets.order import Order
@@ -34,6 +31,7 @@ from pretrain.cli import parse
 from pretrain.evaluate import during
 from pretrain.sinks.jsonl import read
 from pretrain.starts import read_starts
+from pretrain.testing import forked_ranks
 
 STEPS = 24
 FLAGS = (
@@ -51,7 +49,10 @@ class Program:
         self.out = out
         arguments = f"{FLAGS} {flags} --out {out}".split()
         with out.with_suffix(".said").open("wb") as said:
-            self._pid = (_torchrun if torchrun else _fork)(arguments, ranks, said.fileno())
+            if torchrun:
+                self._pid = _torchrun(arguments, ranks, said.fileno())
+            else:
+                self._pid = forked_ranks(lambda: launch.main(arguments), ranks, said.fileno())
         self.code: int | None = None
 
     @property
@@ -86,36 +87,6 @@ class Program:
         while not self.ended():
             time.sleep(0.01)
         return self.code
-
-
-def _fork(arguments: list[str], ranks: int, said: int) -> int:
-    """Ranks as torchrun would start them; rank zero is our child and the parent of the others."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    if leader := os.fork():
-        return leader
-    code = 1
-    try:
-        others = {}
-        for rank in range(1, ranks):
-            if (child := os.fork()) == 0:
-                others, mine = {}, rank
-                break
-            others[child] = rank
-        else:
-            mine = 0
-        os.environ.update(RANK=str(mine), LOCAL_RANK=str(mine), WORLD_SIZE=str(ranks))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        torch.set_num_threads(1)
-        code = launch.main(arguments)
-        code = max([code, *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in others)])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def _torchrun(arguments: list[str], ranks: int, said: int) -> int:

@@ -19,6 +19,7 @@ from pretrain.evaluate.sheet import Sheet
 from pretrain.ledger import Ledger
 from pretrain.sinks import jsonl
 from pretrain.starts import read_starts
+from pretrain.testing import forked_ranks
 
 RECIPE = Path(__file__).with_name("three_stages.py")
 ENDS = {"one": 6, "two": 14, "three": 18}
@@ -38,14 +39,10 @@ def command(out: Path, more: str = "") -> list[str]:
     return f"--recipe {RECIPE} --out {out} {more}".split()
 
 
-def in_child(arguments: list[str], *, dies_at: int = -1, after: str = "_advance") -> int:
-    """The exit code of a start in a fork of this process; it may kill itself when a step has been done."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        torch.set_num_threads(1)
+def in_child(arguments: list[str], *, dies_at: int = -1, after: str = "_advance", ranks: int = 1) -> int:
+    """The exit code of a start in forks of this process; each may kill itself when a step has been done."""
+
+    def start() -> int:
         done = getattr(loop, after)
 
         def die(training, *rest, **named):
@@ -55,9 +52,11 @@ def in_child(arguments: list[str], *, dies_at: int = -1, after: str = "_advance"
             return given
 
         setattr(loop, after, die)
-        code = launch.main(arguments)
-    finally:
-        os._exit(code)
+        return launch.main(arguments)
+
+    with Path(os.devnull).open("w") as nowhere:
+        leader = forked_ranks(start, ranks, nowhere.fileno())
+    return os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,13 @@ def saved(out: Path, step: int, group: str = "model") -> dict[str, torch.Tensor]
     return load_file(out / f"checkpoints/step-{step:08d}/{group}.safetensors")
 
 
-def assert_same(out: Path, straight: Path) -> None:
-    assert Ledger(out / "ledger").final() == Ledger(straight / "ledger").final()
+def assert_same(out: Path, straight: Path, *, ranks: bool = True) -> None:
+    ours, theirs = (
+        [line.split() for line in Ledger(each / "ledger").final().values()] for each in (out, straight)
+    )
+    for line in () if ranks else (*ours, *theirs):
+        line.pop(1)
+    assert ours == theirs
     for step, group in (
         (ENDS["two"], "ema"),
         (ENDS["three"], "model"),
@@ -161,6 +165,38 @@ def test_killed_across_stages_and_sizes_it_is_the_same_run(deaths, straight, tmp
         assert code == -signal.SIGKILL, (step, after)
     assert in_child(command(out)) == launch.DONE
     assert_same(out, straight)
+
+
+def samples_of(out: Path) -> list[str]:
+    return [line.split()[2] for line in Ledger(out / "ledger").final().values()]
+
+
+def losses_of(out: Path) -> dict[int, float]:
+    records = jsonl.read(out / "metrics.jsonl")
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+def killed_on(ranks: list[int], deaths: list[int], out: Path, more: str) -> None:
+    for world, step in zip(ranks, [*deaths, None], strict=True):
+        code = in_child(command(out, more), ranks=world, dies_at=-1 if step is None else step)
+        assert code == (launch.DONE if step is None else -signal.SIGKILL), (world, step)
+    assert {each.ranks for each in read_starts(out / "starts.jsonl")} == set(ranks)
+
+
+def test_sharded_on_other_ranks_in_each_stage_it_is_the_same_run(straight, tmp_path):
+    """At the end of a stage, at another size, and where Lion takes over from what AdamW kept."""
+    out = tmp_path / "run"
+    killed_on([2, 4, 1], [11, 14], out, "--parallel fsdp")
+    assert samples_of(out) == samples_of(straight)
+    assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-2)
+
+
+def test_elastic_on_other_ranks_in_each_stage_it_has_the_same_bits(tmp_path):
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    elastic = "--deterministic elastic --stages.two.micro-batches 1"
+    assert in_child(command(straight, elastic)) == launch.DONE
+    killed_on([1, 4, 2], [6, 15], out, elastic)
+    assert_same(out, straight, ranks=False)
 
 
 def damage(out: Path, step: int) -> None:

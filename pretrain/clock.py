@@ -140,7 +140,7 @@ class Clock:
         """The figures as of the last step.
 
         Args:
-            remaining: samples that the run has still to see.
+            remaining: samples that this start has still to see.
         """
         first, last = self._marks[0], self._marks[-1]
         window = last.seconds - first.seconds

@@ -95,7 +95,6 @@ def build(
     ranks.on_zero(lambda: check_begun(standing, curriculum, stage, rundir))
     changed = list(dict.fromkeys([*origin.changed, *differing]))
     ranks.on_zero(lambda: _record(command, data, rundir, other_data=bool(differing)))
-
     setting = Setting.of(run, data.feeds, ranks)
     stopwatch = Stopwatch(ranks.device, flops=StepFlops(sights=2 if run.spread.compile else 1))
     stopwatch.attach(pretrainer)
@@ -110,6 +109,7 @@ def build(
         ema=ema,
         curriculum=curriculum,
         stage=stage,
+        alone=command.stage is not None,
         ranks=ranks,
         rundir=rundir,
         standing=standing,
@@ -172,6 +172,7 @@ def _open_records(training: Training, data: Data, changed: Sequence[str], stack:
         rundir.starts,
         step=standing.step,
         stage=training.stage,
+        alone=training.alone,
         done=training.ledger.done,
         ranks=ranks.world,
         device=ranks.device.type,

@@ -22,8 +22,9 @@ def report(training: Training) -> None:
     if not pending:
         return
     step = pending[-1][0]
-    standing = training.standing
-    left = training.curriculum.samples - training.curriculum.samples_at(standing.step)
+    standing, curriculum = training.standing, training.curriculum
+    end = curriculum.ends()[training.stage] if training.alone else curriculum.steps
+    left = curriculum.samples_at(end) - curriculum.samples_at(standing.step)
     reading = training.clock.read(remaining=left)
     data, warning = training.health.report(reading, standing.accounts, spent=training.stopwatch.take())
     if warning is not None:

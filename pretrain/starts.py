@@ -27,6 +27,8 @@ class Start:
     device: str
     changed: tuple[str, ...] = ()
     """What was allowed to be other than before (--allow-changed), in words."""
+    alone: bool = False
+    """Whether it ends with its stage, whatever stages follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,15 @@ class Starts:
 
 
 def record_start(
-    path: Path, *, step: int, stage: str, done: int, ranks: int, device: str, changed: Sequence[str] = ()
+    path: Path,
+    *,
+    step: int,
+    stage: str,
+    done: int,
+    ranks: int,
+    device: str,
+    changed: Sequence[str] = (),
+    alone: bool = False,
 ) -> Starts:
     """Append this start and sum up all of them.
 
@@ -52,6 +62,7 @@ def record_start(
         ranks: processes that train together.
         device: the kind of device they train on.
         changed: what was allowed to be other than before, in words.
+        alone: whether it ends with its stage.
     """
     start = Start(
         time=round(time.time(), 3),
@@ -61,6 +72,7 @@ def record_start(
         ranks=ranks,
         device=device,
         changed=tuple(changed),
+        alone=alone,
     )
     with Records(path) as file:
         file.seek(0)

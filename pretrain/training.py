@@ -48,6 +48,8 @@ class Training:
     curriculum: Curriculum
     stage: str
     """The stage that is trained."""
+    alone: bool = False
+    """Whether this start ends with it, whatever stages follow."""
     ranks: Ranks
     rundir: RunDir
     standing: Standing

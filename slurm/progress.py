@@ -36,7 +36,7 @@ class Progress:
     """Steps done."""
     samples_per_second: float | None
     seconds_left: float | None
-    """Training time to the end of the run, as of the last report."""
+    """Training time to the end of what its last start trains, as of the last report."""
     active: float | None
     """When it last did a step, in Unix seconds."""
     checkpoint: int | None
@@ -62,6 +62,12 @@ class Progress:
         """The one that it is in; the last one when all are finished."""
         ahead = [name for name in self.stages if name not in self.finished]
         return next(iter(ahead or list(self.stages)[-1:]), "")
+
+    @property
+    def until(self) -> str:
+        """The stage with which its last start ends; empty where that is the end of the run."""
+        last = self.starts[-1] if self.starts else None
+        return last.stage if last and last.alone and [last.stage] != list(self.stages)[-1:] else ""
 
     @property
     def done(self) -> bool:

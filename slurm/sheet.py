@@ -32,7 +32,7 @@ def lines(status: Status) -> dict[str, str]:
         "state": f"{status.state}{f' ({status.why})' if status.why else ''}",
         "jobs": ", ".join(status.jobs),
         "stage": f"{status.stage}, step {status.step} of {status.steps}" if status.steps else "",
-        "speed": f"{_rate(status)} samples/s, {span(status.seconds_left)} left" if _moves(status) else "",
+        "speed": _speed(status),
         "last step": f"{span(status.silent_for)} ago" if status.silent_for is not None else "",
         "saved": _saved(status),
         "restarts": f"{status.restarts}, {status.lost_steps} steps lost",
@@ -45,11 +45,11 @@ def row(status: Status) -> tuple[str, ...]:
     """One run of several, a cell for each column."""
     return (
         status.run,
-        f"{status.state} ({status.why})" if status.state == "waiting" else status.state,
+        f"{status.state} ({status.why})" if status.state in ("waiting", "silent") else status.state,
         status.stage or "-",
         f"{status.step} of {status.steps}" if status.steps else "-",
         _rate(status),
-        span(status.seconds_left),
+        f"{span(status.seconds_left)}{_of_stage(status)}",
         str(status.restarts),
         str(status.lost_steps),
         _saved(status),
@@ -68,8 +68,16 @@ def span(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def _moves(status: Status) -> bool:
-    return status.samples_per_second is not None and status.state != "finished"
+def _speed(status: Status) -> str:
+    if status.samples_per_second is None or status.state == "finished":
+        return ""
+    left = "" if status.seconds_left is None else f", {span(status.seconds_left)} left{_of_stage(status)}"
+    return f"{_rate(status)} samples/s{left}"
+
+
+def _of_stage(status: Status) -> str:
+    """What the time left is of, where it is not the whole run."""
+    return f" of stage {status.until}" if status.until and status.seconds_left is not None else ""
 
 
 def _rate(status: Status) -> str:

@@ -36,7 +36,8 @@ def facts(run: RunData) -> dict[str, Child]:
         found["Newest report"] = date(run.series["time"].values[-1])
     left = run.last("perf/seconds_left")
     if left is not None and not run.finished:
-        found["Time left"] = duration(left)
+        alone = run.starts and run.starts[-1].alone  # and then it counts to the end of that stage
+        found[f"Time left of stage {run.starts[-1].stage}" if alone else "Time left"] = duration(left)
     if isinstance(run.config.get("objectives"), dict):
         found["Objectives"] = ", ".join(map(str, run.config["objectives"]))
     sources = run.config.get("sources")

@@ -142,6 +142,9 @@ def test_stage_by_stage_in_commands_of_their_own(straight, tmp_path, capsys):
         assert in_child(command(out, f"--stage {stage}")) == launch.DONE
         assert list(Ledger(out / "ledger").final()) == list(range(1, end + 1))
     assert_same(out, straight)
+    reports = [each for each in jsonl.read(out / "metrics.jsonl") if "perf/seconds_left" in each]
+    left = {each["step"]: each["perf/seconds_left"] for each in reports}
+    assert [left[end] for end in ENDS.values()] == [0.0, 0.0, 0.0]  # to the end of what a command trains
     assert launch.main(command(out, "--stage one")) == launch.DONE
     assert f"stage one is finished in {out}; --stage two goes on with it" in capsys.readouterr().out
     assert launch.main(command(out)) == launch.DONE

@@ -31,8 +31,8 @@ def test_what_was_allowed_to_change_is_on_record_and_older_lines_have_none(tmp_p
     path = tmp_path / "starts.jsonl"
     path.write_text('{"time": 17, "step": 0, "stage": "one", "lost": 0, "ranks": 1, "device": "cpu"}\n')
     words = ("seed (0 there, 5 here)", "the source books, which is new")
-    record_start(path, step=6, stage="one", done=6, ranks=1, device="cpu", changed=words)
-    assert [tuple(each.changed) for each in read_starts(path)] == [(), words]
+    record_start(path, step=6, stage="one", done=6, ranks=1, device="cpu", changed=words, alone=True)
+    assert [(tuple(each.changed), each.alone) for each in read_starts(path)] == [((), False), (words, True)]
 
 
 def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path):

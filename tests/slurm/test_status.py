@@ -29,8 +29,8 @@ class Directory:
         with (self.root / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def start(self, step=0, lost=0, ago=3600.0):
-        given = {"stage": "one", "lost": lost, "ranks": 8, "device": "cuda", "changed": []}
+    def start(self, step=0, lost=0, ago=3600.0, **more):
+        given = {"stage": "one", "lost": lost, "ranks": 8, "device": "cuda", "changed": [], **more}
         self.append("starts.jsonl", time=NOW - ago, step=step, **given)
 
     def report(self, step, ago=60.0, **more):
@@ -127,6 +127,7 @@ def test_steps_that_are_done_again_are_not_done_yet(run, squeue):
         ),
         ("7|7|PENDING|Dependency|1:00|N/A", "waiting", "Dependency"),
         ("7|7|COMPLETING|None|1:00|N/A", "running", "1:00 to its limit"),
+        ("7|7|SUSPENDED|None|1:00|N/A", "waiting", "SUSPENDED"),
         ("7|7|CANCELLED|None|1:00|N/A", "stopped", "job 7 is CANCELLED"),
         ("9|9|RUNNING|None|1:00|N/A", "stopped", "Slurm knows its job no more"),
     ],
@@ -142,9 +143,22 @@ def test_what_slurm_says(run, squeue, tmp_path, line, state, why):
 def test_a_job_that_slurm_has_forgotten_is_not_a_slurm_that_is_silent(run, squeue):
     run.start(ago=20.0)
     run.submitted("7")
-    assert (run.status.state, run.status.why) == ("running", "")
+    assert (run.status.state, run.status.why) == ("running", "no Slurm answers here")
     squeue(code=1, error="slurm_load_jobs error: Invalid job id specified")
     assert run.status.state == "stopped"
+
+
+@pytest.mark.parametrize("path", ["", None])
+def test_without_a_slurm_that_answers_its_files_tell(run, squeue, monkeypatch, path):
+    """Neither where its commands are missing nor where they reach nobody."""
+    if path is not None:
+        monkeypatch.setenv("PATH", path)
+    run.submitted("7")
+    assert (run.status.state, run.status.why) == ("silent", "not begun; no Slurm answers here")
+    run.start(ago=601.0)
+    assert run.status.why == "no step for ten minutes; no Slurm answers here"
+    run.ledger(5, ago=10.0)
+    assert (run.status.state, run.status.why) == ("running", "no Slurm answers here")
 
 
 def test_an_element_of_an_array_and_the_job_of_a_batch_script(run, squeue):
@@ -211,7 +225,7 @@ def test_without_slurm_and_supervisor_steps_tell(run, monkeypatch):
     assert run.status.state == "running"
     (run.root / "starts.jsonl").unlink()
     run.ledger(5, ago=601.0)
-    assert (run.status.state, run.status.why) == ("silent", "no step for ten minutes")
+    assert run.status.why == "no step for ten minutes; no Slurm answers here"
 
 
 def test_a_process_of_this_machine(run, monkeypatch):
@@ -222,7 +236,17 @@ def test_a_process_of_this_machine(run, monkeypatch):
         while b"submitit" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
             time.sleep(0.01)  # not yet what it will be
         run.submitted(str(process.pid), executor="local", host=os.uname().nodename)
+        assert (run.status.state, run.status.why) == ("waiting", f"for its turn in process {process.pid}")
+        run.event("start", ago=-1.0, job="")
         assert (run.status.state, run.status.why) == ("running", "on this machine")
+        run.event("end", ago=-2.0, job="", code=1, reason="out of memory")
+        assert (run.status.state, run.status.why) == ("failed", "out of memory")
+        run.event("restart", ago=-2.0, job="")
+        assert run.status.state == "running"
+        run.event("end", ago=-3.0, job="", code=0)
+        assert run.status.state == "stopped"
+        run.submitted(str(process.pid), executor="local", host=os.uname().nodename)
+        assert run.status.state == "waiting"  # another stage of it follows in the same process
         run.submitted(str(process.pid), executor="local", host="elsewhere")
         assert run.status.jobs == ()
         process.kill()
@@ -237,10 +261,41 @@ def test_torn_and_missing_files(run, squeue, tmp_path, capsys):
 
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "is no run directory: it has no run.yaml" in capsys.readouterr().err
-    (run.root / "run.yaml").write_text("stages: 3")
-    assert main([str(run.root)]) == 2
-    assert "run.yaml cannot be read as a run" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "is no run directory: it has no run.yaml" in said.err
+    other = Directory(tmp_path / "other")
+    (other.root / "run.yaml").write_text("stages: 3")
+    assert main([str(tmp_path / "gone"), str(run.root), str(other.root)]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"run       {run.root}\n")
+    assert said.err.splitlines() == [
+        f"error: {tmp_path / 'gone'} is no run directory: it does not exist",
+        f"error: {other.root}/run.yaml cannot be read as a run: name the directory of one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alone", "stage", "said"),
+    [
+        (True, "one", "5 samples/s, 2 h 2 min left of stage one"),
+        (False, "one", "5 samples/s, 2 h 2 min left"),
+        (True, "two", "5 samples/s, 2 h 2 min left"),
+    ],
+)
+def test_of_what_the_time_is_left(run, squeue, alone, stage, said):
+    run.start(stage=stage, alone=alone)
+    run.report(60, **{"perf/samples_per_second": 5.0, "perf/seconds_left": 7320.0})
+    assert sheet.lines(run.status)["speed"] == said
+
+
+def test_of_a_stage_that_is_finished_none_is_left(run, squeue):
+    run.start(alone=True)
+    for step in range(91, 101):
+        run.report(step, **{"perf/samples_per_second": 5.0, "perf/seconds_left": 0.0})
+    assert run.status.seconds_left == 0.0
+    run.report(100, finished=1.0)
+    assert sheet.lines(run.status)["speed"] == "5 samples/s"
 
 
 def test_what_is_printed(run, squeue, tmp_path, capsys):

@@ -11,8 +11,17 @@ refuse() {
     exit 2
 }
 
-[[ -n ${SLURM_JOB_ID:-} ]] ||
-    refuse "this is a script for sbatch; on one machine: torchrun --nproc-per-node gpu -m pretrain.launch"
+RUN_DIR=${RUN_DIR:-runs/stages}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    # No job: the same training on this machine is what follows `srun --kill-on-bad-exit=1 python`.
+    supervise() {
+        local launcher=python
+        ! nvidia-smi -L &>/dev/null || launcher="torchrun --nproc-per-node gpu"
+        refuse "this is a script for sbatch; on this machine: $launcher$(printf ' %q' "${@:4}")"
+    }
+    return
+fi
 
 # Programs run from the repository's root, where sbatch was called; Slurm itself runs a copy of the script.
 cd "$SLURM_SUBMIT_DIR"
@@ -42,8 +51,6 @@ export PYTHONFAULTHANDLER=1
 # is right by default and left alone: TORCH_NCCL_ASYNC_ERROR_HANDLING=3 ends the process without waiting for
 # NCCL, TORCH_NCCL_DUMP_ON_TIMEOUT=1 dumps the flight recorder.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-
-RUN_DIR=${RUN_DIR:-runs/stages}
 
 # Starts a command again where it crashes; where it was interrupted and has saved, the whole job. In place of
 # this shell, which signals for the job would end before the command has saved.

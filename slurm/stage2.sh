@@ -13,9 +13,10 @@
 #SBATCH --signal=USR2@120
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
+env=${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh
+[[ -f $env ]] || { echo "error: call sbatch in the repository's root: there is no $env" >&2; exit 2; }
 # shellcheck source=slurm/env.sh
-source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh" ||
-    { echo "error: call sbatch in the repository's root" >&2; exit 2; }
+source "$env"
 
 supervise srun --kill-on-bad-exit=1 python -m pretrain.launch \
     --recipe stages --stage two --out "$RUN_DIR" "$@"

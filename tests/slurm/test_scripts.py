@@ -117,17 +117,36 @@ def test_the_environment_that_is_named_is_entered(batch):
             "a node of this job has 8 GPUs for 1 ranks: sbatch --ntasks-per-node 8",
         ),
         (
-            {"SLURM_JOB_ID": ""},
-            "this is a script for sbatch; on one machine: torchrun --nproc-per-node gpu -m pretrain.launch",
+            {"SLURM_SUBMIT_DIR": "/a folder"},
+            "call sbatch in the repository's root: there is no /a folder/slurm/env.sh",
         ),
-        ({"SLURM_SUBMIT_DIR": "/"}, "call sbatch in the repository's root"),
     ],
 )
 def test_a_mistake_is_one_sentence(batch, variables, said):
     done = batch.run("stage1", **variables)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"error: {said}"
+    assert done.stderr == f"error: {said}\n"
     assert not (batch.folder / "arguments").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launcher"), [(0, "torchrun --nproc-per-node gpu"), (9, "python"), (None, "python")]
+)
+def test_outside_a_job_it_says_the_line_for_this_machine(batch, gpus, launcher):
+    """It is pasted into the shell that called the script, with nothing left out and each word still one."""
+    if gpus is not None:
+        (batch.folder / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho GPU\nexit {gpus}\n")
+        (batch.folder / "bin" / "nvidia-smi").chmod(0o755)
+    elif shutil.which("nvidia-smi"):
+        pytest.skip("this machine has nvidia-smi")
+    flags = ("--data", "my shards/{0..9}.tar", "--title", '$HOME\'s "run"')
+    done = batch.run("stage2", *flags, SLURM_JOB_ID="", RUN_DIR="/big disk/run")
+    assert done.returncode == 2
+    told, line = done.stderr.rstrip("\n").split("; on this machine: ")
+    assert (told, done.stderr.count("\n")) == ("error: this is a script for sbatch", 1)
+    assert line.startswith(f"{launcher} -m pretrain.launch --recipe stages --stage two --out ")
+    words = subprocess.run(["bash", "-c", f'printf "%s\\n" {line}'], capture_output=True, text=True).stdout
+    assert words.splitlines()[-6:] == ["--out", "/big disk/run", *flags]
 
 
 def test_gpus_with_a_rank_each_are_trained_on(batch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from datasets.atomic import replace
+from datasets.commands import run
 from datasets.errors import UserError
 from datasets.shards.checking import Checked, Wanted, check_one
 from datasets.shards.indexing import cores, indexed_as, shown_url
@@ -120,4 +121,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

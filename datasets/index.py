@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
+from datasets.commands import run
 from datasets.errors import UserError
 from datasets.homes import at_home
 from datasets.remote.fetch import is_remote
@@ -152,4 +153,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets.commands import run
 from datasets.errors import UserError
 from objectives import kind_of, objective_class
 from objectives.base import Widths
@@ -289,4 +290,4 @@ def _panels(*metrics: str) -> tuple[Panel, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from datasets.commands import run
 from datasets.errors import UserError
 from datasets.shards.tars import Tars
 from pretrain.cli import Command, parse
@@ -245,7 +246,12 @@ def _stops(ranks: Ranks, preemption: Preemption) -> bool:
     return bool(ranks.sum(asked) > 0)
 
 
-if __name__ == "__main__":
-    done = main(sys.argv[1:], PREEMPTION)
+def _main(arguments: Sequence[str]) -> int:
+    """As a process of its own: a signal that comes when all is done changes nothing."""
+    code = main(arguments, PREEMPTION)
     preempt.ignore()
-    sys.exit(done)
+    return code
+
+
+if __name__ == "__main__":
+    run(_main)

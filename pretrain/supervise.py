@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from datasets.commands import run
 from datasets.errors import UserError
 from pretrain import fencing, verdict
 from pretrain.attempts import Event, Kind, note, read_attempts
@@ -314,4 +315,4 @@ def _end_with(supervisor: int) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

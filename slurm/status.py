@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from datasets.commands import run
 from datasets.errors import UserError
 from slurm import jobs
 from slurm.progress import Progress, read_progress
@@ -246,4 +247,4 @@ def _local(handed: Sequence[jobs.Submitted]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

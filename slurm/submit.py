@@ -25,6 +25,7 @@ from pathlib import Path
 import submitit
 import tyro
 
+from datasets.commands import run
 from datasets.errors import UserError
 from slurm import jobs
 from slurm.executors import Handed, to_background, to_slurm
@@ -150,4 +151,4 @@ def _say(what: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from datasets.classes import load_classes
+from datasets.commands import run
 from datasets.errors import UserError
 from datasets.source import Source
 from datasets.sources import open_source
@@ -161,4 +162,4 @@ def _kept(command: Command) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 from safetensors import SafetensorError
 
+from datasets.commands import run
 from datasets.errors import UserError
 from pretrain.evaluate.subject import Subject, Weights, load_subject
 from pretrain.export.card import Library, card
@@ -154,4 +155,4 @@ def _refuse_ours(run: Path, subject: Subject, to: Library) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

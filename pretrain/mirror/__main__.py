@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from datasets.commands import run
 from datasets.errors import UserError
 from pretrain.mirror.reach import answers
 from pretrain.mirror.rows import ReplacedError, Rows
@@ -208,4 +209,4 @@ def _claim(rundir: RunDir, caller: Caller) -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -16,6 +16,7 @@ def test_all_compute_the_same_loss(kind):
     assert list(values.values()) == [pytest.approx(values["open_clip"], rel=1e-12)] * len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bar", "code"), [(("open_clip", 1e9, 1e9), 0), (("open_clip", 1e9, 1e-9), 1)])
 def test_time_memory_and_error_are_told_and_held_against_the_bars(monkeypatch, capsys, bar, code):
     monkeypatch.setitem(contrast.BARS, "itc", bar)

@@ -13,6 +13,8 @@ import pytest
 from datasets.corpus import KINDS_OF_FILE, WAVES, encoded
 from pretrain.sinks import jsonl
 
+pytestmark = pytest.mark.slow
+
 SHARDS, SAMPLES, BATCH = 4, 304, 64
 STEPS = SHARDS * SAMPLES // BATCH  # one epoch
 TINY = (

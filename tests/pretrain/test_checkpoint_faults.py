@@ -132,6 +132,7 @@ class Death(Event):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_from_making_the_directory_to_removing_the_oldest(tmp_path, in_child):
     ended, phases, found = None, 0, []
     while ended != 0:

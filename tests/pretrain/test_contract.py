@@ -17,6 +17,8 @@ import pytest
 from pretrain.attempts import Event, read_attempts
 from pretrain.starts import read_starts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = Path(__file__).resolve().parent / "fakes"
 STEPS = 40

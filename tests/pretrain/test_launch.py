@@ -168,6 +168,7 @@ def test_run_yaml_repeats_the_run_to_the_bit(straight, tmp_path):
     assert final_model(tmp_path / "again") == final_model(straight)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_the_run_ends_in_the_same_bits(straight, tmp_path):
     """Each time with kill -9, wherever it is, and then the same command again."""
     out, moments = tmp_path / "run", random.Random(0)
@@ -263,6 +264,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeyp
     assert final_model(out) == final_model(straight)
 
 
+@pytest.mark.slow
 def test_two_ranks_see_the_samples_of_one_and_go_on_where_they_stopped(straight, tmp_path):
     """Under torchrun: the same ordered samples per step, the same losses but for rounding."""
     out = tmp_path / "run"

@@ -60,6 +60,7 @@ def runs(request, tmp_path_factory, shard):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", KINDS, indirect=True)
 def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(runs):
     found = {}

@@ -194,6 +194,7 @@ def test_the_ledger_follows_from_seed_manifest_and_weights_alone(oracle, flags):
     assert samples_of(oracle) == ledger
 
 
+@pytest.mark.slow
 def test_on_other_ranks_and_threads_every_step_has_the_samples_of_the_oracle(oracle, flags, tmp_path):
     """Three ranks do not divide the eight lanes, which changes nothing."""
     out = tmp_path / "run"
@@ -203,6 +204,7 @@ def test_on_other_ranks_and_threads_every_step_has_the_samples_of_the_oracle(ora
     assert losses_of(out) == pytest.approx(losses_of(oracle), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_sharded_it_goes_on_with_the_shards_of_other_ranks(oracle, flags, tmp_path):
     """FSDP2 on four ranks, two, one that holds everything, and four again, killed in between."""
     out = tmp_path / "run"
@@ -214,6 +216,7 @@ def test_sharded_it_goes_on_with_the_shards_of_other_ranks(oracle, flags, tmp_pa
     assert len(list(final.glob("model-*.safetensors"))) == 4
 
 
+@pytest.mark.slow
 def test_on_two_ranks_all_along_the_ledger_is_that_of_two_ranks_to_the_bit(oracle, flags, tmp_path):
     straight = Program(tmp_path / "straight", flags, ranks=2)
     assert straight.wait() == launch.DONE, straight.said
@@ -223,6 +226,7 @@ def test_on_two_ranks_all_along_the_ledger_is_that_of_two_ranks_to_the_bit(oracl
     assert samples_of(out) == samples_of(oracle)
 
 
+@pytest.mark.slow
 def test_elastic_on_other_ranks_every_step_has_the_bits_of_the_oracle(flags, tmp_path):
     """Three sources, killed on one rank, resumed on four and then on two."""
     flags = f"{flags} --deterministic elastic"
@@ -240,6 +244,7 @@ def bits_of(out: Path) -> list[list[str]]:
     return [[step, *bits] for step, _, *bits in lines]
 
 
+@pytest.mark.slow
 def test_damaged_samples_are_masked_where_they_stand_whatever_is_killed(oracle, flags, members, tmp_path):
     """Bad before they were indexed or after: no other slot changes, and each is listed once."""
     folder = shutil.copytree(corpus_of(flags), tmp_path / "corpus")

@@ -151,6 +151,7 @@ def test_stage_by_stage_in_commands_of_their_own(straight, tmp_path, capsys):
     assert "is finished; a larger --stages.NAME.steps goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "deaths",
     [
@@ -186,6 +187,7 @@ def killed_on(ranks: list[int], deaths: list[int], out: Path, more: str) -> None
     assert {each.ranks for each in read_starts(out / "starts.jsonl")} == set(ranks)
 
 
+@pytest.mark.slow
 def test_sharded_on_other_ranks_in_each_stage_it_is_the_same_run(straight, tmp_path):
     """At the end of a stage, at another size, and where Lion takes over from what AdamW kept."""
     out = tmp_path / "run"
@@ -194,6 +196,7 @@ def test_sharded_on_other_ranks_in_each_stage_it_is_the_same_run(straight, tmp_p
     assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_elastic_on_other_ranks_in_each_stage_it_has_the_same_bits(tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "run"
     elastic = "--deterministic elastic --stages.two.micro-batches 1"
@@ -209,6 +212,7 @@ def damage(out: Path, step: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_where_the_end_of_a_stage_is_damaged_its_last_steps_are_done_again(straight, tmp_path, capsys):
     out = tmp_path / "run"
     assert in_child(command(out, "--stage one")) == launch.DONE

@@ -12,7 +12,7 @@ import pytest
 
 from slurm.testing import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 QUICK = "0.2,0.02"
 """Seconds that a step takes longer: at the first start enough to be met in its middle, then hardly any."""

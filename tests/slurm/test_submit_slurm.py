@@ -12,7 +12,7 @@ from slurm import jobs, testing
 from slurm.status import statuses
 from slurm.submit import main
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPUS = ["--gpus", "0", "--time", "1:00"]

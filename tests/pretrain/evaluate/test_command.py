@@ -59,6 +59,7 @@ def test_the_last_evaluation_of_training_is_that_of_the_command(run, data, capsy
     kept.unlink()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(run, data, tmp_path):
     for world in (1, 2):
         program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]

@@ -53,6 +53,9 @@ class Watch(Protocol):
     def mark(self, doing: str, *, timed: bool) -> None:
         """It begins something; `timed` where that has to end soon."""
 
+    def moved(self) -> None:
+        """What it does goes on."""
+
     def stepped(self) -> None:
         """A step has ended."""
 
@@ -117,6 +120,11 @@ class Clock:
             self._warm = warm
             self._begins("in a step")
             self._paused += self._now() - begin
+
+    def move(self) -> None:
+        """What it does is long, and goes on: another batch of an evaluation has come."""
+        if self._watch is not None:
+            self._watch.moved()
 
     def step(self, samples: int) -> None:
         """A step has ended.

@@ -31,6 +31,7 @@ from datasets.errors import UserError
 from datasets.shards.tars import Tars
 from pretrain.cli import Command, parse
 from pretrain.clock import Clock
+from pretrain.config import Run
 from pretrain.curriculum import Curriculum
 from pretrain.data import Data, open_data
 from pretrain.distributed import Ranks, RankZeroFailedError, SaidByRankZeroError, join_ranks
@@ -45,7 +46,6 @@ from pretrain.prepare import Origin, build, claim, find_origin, say
 from pretrain.rendezvous import LeftError, RendezvousError
 from pretrain.rundir import RunDir
 from pretrain.threads import settle_threads
-from pretrain.training import Training
 from pretrain.verdict import Verdict, give
 from pretrain.watchdog import Watchdog
 
@@ -200,18 +200,19 @@ def train_stage(
     """Build everything for a stage, train it to its end, and judge it; returns the exit code."""
     run = command.run
     with ExitStack() as stack:
-        training = build(command, curriculum, data, rundir, ranks, stack, origin, stage=stage)
-        if _stops(ranks, preemption):
-            return INTERRUPTED
-        check(training)
-        during.check(training)
-        measured = ranks.group is None and ranks.device.type == "cpu"
-        step = rehearsal(training) if measured else None
-        threads = run.precision.threads or int(run.deterministic == "elastic")  # bits follow their number
-        settle_threads(threads, kept=rundir.threads, step=step)
-        training.stopwatch.peak = matmul_peak(training.setup.compute)
-        training.stopwatch.take()  # what was rehearsed was no step
-        with _watchdog(training) as watchdog:
+        with _watchdog(run, data, rundir, ranks, stage=stage) as watchdog:
+            training = build(command, curriculum, data, rundir, ranks, stack, origin, stage=stage)
+            if _stops(ranks, preemption):
+                return INTERRUPTED
+            check(training)
+            during.check(training)
+            measured = ranks.group is None and ranks.device.type == "cpu"
+            step = rehearsal(training) if measured else None
+            # Bits follow their number.
+            threads = run.precision.threads or int(run.deterministic == "elastic")
+            settle_threads(threads, kept=rundir.threads, step=step)
+            training.stopwatch.peak = matmul_peak(training.setup.compute)
+            training.stopwatch.take()  # what was rehearsed was no step
             training.clock, training.asked = Clock(watch=watchdog), preemption.asked
             outcome = train(training, preemption)
         # Whoever ends a job gives it seconds: pages can be written any time, and what is saved can be seen.
@@ -227,17 +228,15 @@ def train_stage(
         return DONE
 
 
-def _watchdog(training: Training) -> Watchdog:
-    """Who ends this rank when its steps no longer end."""
-    run, ranks = training.run, training.ranks
-    remote = any(isinstance(feed.source, Tars) and feed.source.remote for feed in training.feeds)
+def _watchdog(run: Run, data: Data, rundir: RunDir, ranks: Ranks, *, stage: str) -> Watchdog:
+    """Who ends this rank when its building or its steps no longer end."""
+    remote = any(isinstance(feed.source, Tars) and feed.source.remote for feed in data.feeds)
     least = max(
         run.watchdog.least + (run.remote.deadline if remote else 0.0),
         _COMPILING if run.spread.compile else 0.0,  # also in a later step, for a shape it has not met
     )
-    return Watchdog(
-        training.rundir.root, rank=ranks.rank, world=ranks.world, least=least, stage=training.stage
-    )
+    most = run.watchdog.most
+    return Watchdog(rundir.root, rank=ranks.rank, world=ranks.world, least=least, most=most, stage=stage)
 
 
 def _stops(ranks: Ranks, preemption: Preemption) -> bool:

@@ -5,9 +5,9 @@
 
 Ranks wait for each other in every step, so that one that hangs holds up all. Each then sees that its step
 does not end, writes down its stacks, names the ranks that are behind or give no sign of life, and ends hard
-with code 70, on which it is started again. Only steps are timed: not the first one, in which everything is
-built or compiled, no evaluation and no checkpoint. Time in which this process was stopped does not count.
-What holds the interpreter's lock for ever is seen by the other ranks alone.
+with code 70, on which it is started again. What is no step has more time: building, the first step, in which
+all is compiled, a checkpoint, and an evaluation between two of its batches. Time in which this process was
+stopped does not count. What holds the interpreter's lock for ever is seen by the other ranks alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Self
@@ -44,15 +44,23 @@ class Patience:
 
     least: float = 60.0
     """Seconds that any step may take; beyond it ten times the median, and what a remote read may take."""
+    most: float = 1800.0
+    """Seconds for what is no step: building, the first step, a checkpoint, a batch of an evaluation."""
 
     def check(self) -> None:
         """Refuse what cannot be meant.
 
         Raises:
-            UserError: it is no time.
+            UserError: one is no time, or they are the wrong way round.
         """
-        if not 0 < self.least < float("inf"):
-            raise UserError(f"--watchdog.least {self.least:g} is no time: give seconds above 0")
+        for name, seconds in (("least", self.least), ("most", self.most)):
+            if not 0 < seconds < float("inf"):
+                raise UserError(f"--watchdog.{name} {seconds:g} is no time: give seconds above 0")
+        if self.most < self.least:
+            raise UserError(
+                f"--watchdog.most {self.most:g} is less than a step may take: give at least the "
+                f"{self.least:g} s of --watchdog.least"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +99,7 @@ class Watchdog:
         rank: int,
         world: int,
         least: float,
+        most: float = Patience.most,
         stage: str = "",
         end: Callable[[int], None] = os._exit,
     ) -> None:
@@ -101,11 +110,12 @@ class Watchdog:
             rank: whose steps are watched.
             world: how many there are.
             least: seconds that any step may take.
+            most: seconds for what is no step.
             stage: which is trained: the next one begins to count anew.
             end: ends the process, with a code.
         """
-        self._out, self._rank, self._world, self._least, self._end = out, rank, world, least, end
-        self._stage = stage
+        self._out, self._rank, self._world, self._end = out, rank, world, end
+        self._least, self._most, self._stage = least, most, stage
         self._token = fencing.token_of(out)
         self._node = place_here().node
         self._tick = min(least / _TICKS, _LONGEST_TICK)
@@ -136,6 +146,10 @@ class Watchdog:
         if not timed:
             self._last_step = None
 
+    def moved(self) -> None:
+        """What it does goes on, and its time counts anew."""
+        self._standing = replace(self._standing, since=time.monotonic())
+
     def stepped(self) -> None:
         """A step has ended."""
         now = time.monotonic()
@@ -163,8 +177,9 @@ class Watchdog:
             try:
                 alive = self._beat(current)
                 waited = now - current.since - stopped
-                if current.timed and waited > self.limit:
-                    self._give_up(f"{current.doing} for {waited:.0f} s", self._stale(current))
+                if waited > (self.limit if current.timed else max(self._most, self.limit)):
+                    longer = "" if current.timed else ", longer than --watchdog.most"
+                    self._give_up(f"{current.doing} for {waited:.0f} s{longer}", self._stale(current))
                 elif not current.timed and alive and (silent := self._silent(now)):
                     self._give_up(current.doing, silent)
             except fencing.FencedError as error:

@@ -78,6 +78,11 @@ def evaluate(training: Training) -> bool:
 
 def judge_of(training: Training) -> Judge:
     """The model as evaluation sees it."""
+
+    def asked() -> bool:
+        training.clock.move()
+        return training.asked()
+
     return Judge(
         model=training.pretrainer.model,
         tokenizer=training.tokenizer,
@@ -86,7 +91,7 @@ def judge_of(training: Training) -> Judge:
         compares=compared_by(training.pretrainer.objectives),
         matcher=matcher_of(training.pretrainer.objectives),
         rerank=training.run.eval.rerank,
-        asked=training.asked,
+        asked=asked,
     )
 
 

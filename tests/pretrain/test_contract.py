@@ -182,6 +182,17 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_without_a_hand(orac
     assert not (run.out / "stacks" / "rank-1.txt").exists(), "it does not answer"
 
 
+def test_building_that_does_not_end_ends_the_run(flags, tmp_path):
+    """As if it had hung: nothing is built in a hundredth of a second."""
+    out = tmp_path / "run"
+    short = "--watchdog.least 0.01 --watchdog.most 0.01"
+    command = f"{sys.executable} -m pretrain.launch {FLAGS} {flags} {short} --out {out}".split()
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 70
+    assert "rank 0: the run hangs (building for 0 s, longer than --watchdog.most)" in ended.stderr
+    assert "pretrain/prepare.py" in (out / "stacks" / "rank-0.txt").read_text()
+
+
 def test_a_run_that_is_stopped_as_a_whole_and_continued_goes_on(oracle, flags, tmp_path):
     run = Run(tmp_path, f"{flags} --watchdog.least 12")
     run.at_step(15)

@@ -37,9 +37,11 @@ def watch(tmp_path):
     (tmp_path / "lock").write_text('process 1 on here\n{"token": "token"}\n')
     entered: list[Watchdog] = []
 
-    def start(rank: int = 0, world: int = 1, least: float = LEAST, stage: str = "") -> tuple[Clock, Ended]:
+    def start(
+        rank: int = 0, world: int = 1, least: float = LEAST, most: float = 60.0, stage: str = ""
+    ) -> tuple[Clock, Ended]:
         ended = Ended()
-        dog = Watchdog(tmp_path, rank=rank, world=world, least=least, stage=stage, end=ended)
+        dog = Watchdog(tmp_path, rank=rank, world=world, least=least, most=most, stage=stage, end=ended)
         entered.append(dog.__enter__())
         return Clock(watch=dog), ended
 
@@ -127,6 +129,40 @@ def test_what_may_take_long_does(watch, moment):
     assert ended.within(20), "after it, steps are timed again"
 
 
+@pytest.mark.parametrize("moment", ["building", "saving or judging", "waiting for data", "in a step"])
+def test_what_may_take_long_may_not_take_for_ever_though_all_give_signs_of_life(
+    watch, tmp_path, capsys, moment
+):
+    clock, ended = watch(most=2 * LEAST)
+    if moment == "saving or judging":
+        steps(clock, 3)
+        with clock.pause():
+            assert ended.within(20)
+    elif moment == "waiting for data":
+        with clock.waiting(cold=True):
+            assert ended.within(20)
+    else:
+        if moment == "in a step":
+            with clock.waiting(cold=True):
+                pass
+        assert ended.within(20)
+    assert ended.code == HUNG
+    said = capsys.readouterr().err
+    assert f"the run hangs ({moment} for " in said
+    assert "s, longer than --watchdog.most): no rank is behind the others" in said
+    assert "test_watchdog.py" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
+def test_an_evaluation_may_take_longer_as_long_as_batches_come(watch):
+    clock, ended = watch(most=2 * LEAST)
+    steps(clock, 3)
+    with clock.pause():
+        for _ in range(40):
+            clock.move()
+            assert not ended.within(LEAST / 10)
+        assert ended.within(20)
+
+
 def test_where_steps_are_slow_it_waits_ten_of_them(watch):
     clock, ended = watch(least=0.2)
     steps(clock, 4, seconds=0.15)
@@ -190,5 +226,13 @@ def test_a_rank_that_was_fenced_off_leaves_also_when_it_hangs(watch, tmp_path, c
 
 @pytest.mark.parametrize("least", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_patience_that_is_no_time_is_refused(least):
-    with pytest.raises(UserError, match="--watchdog"):
+    with pytest.raises(UserError, match=r"--watchdog[.]least"):
         Patience(least=least).check()
+    with pytest.raises(UserError, match=r"--watchdog[.]most"):
+        Patience(most=least).check()
+
+
+def test_what_is_no_step_has_no_less_time_than_a_step():
+    Patience(least=60.0, most=60.0).check()
+    with pytest.raises(UserError, match=r"--watchdog[.]most 60 is less than a step may take: .* 90 s"):
+        Patience(least=90.0, most=60.0).check()

@@ -321,7 +321,7 @@ def train_only(pretrainer: Pretrainer, run: Run, stage: str) -> dict[str, float]
     heads, so that a checkpoint holds the same in every stage.
 
     Raises:
-        UserError: a pattern of the stage matches nothing, or nothing is left to train.
+        UserError: a pattern of the stage matches nothing, or nothing that trains, or freezes all that does.
     """
     fed = {name: pretrainer.objectives[name] for name in pretrainer.fed()}
     read = read_by(pretrainer.model, fed)

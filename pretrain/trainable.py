@@ -41,7 +41,8 @@ def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str
         Multipliers by name, of what trains.
 
     Raises:
-        UserError: a pattern matches nothing, or nothing is left to train.
+        UserError: a pattern matches nothing, or would let something learn that no objective reads, or nothing
+            is left to train.
     """
     check_trainable(patterns, flag)
     named = list(module.named_parameters(remove_duplicate=False))
@@ -51,6 +52,11 @@ def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str
         if not matched:
             raise UserError(
                 f"{flag} {pattern!r} matches no parameter: {_hint(pattern, [name for name, _ in named])}"
+            )
+        if multiplier and not any(parameter.requires_grad for parameter in matched):
+            raise UserError(
+                f"{flag} {pattern!r} is {multiplier:g} for what does not train, since no objective of this "
+                "stage reads it: leave the pattern out, or add an objective that does"
             )
         chosen |= dict.fromkeys(map(id, matched), multiplier)
     for parameter in module.parameters():

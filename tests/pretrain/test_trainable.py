@@ -44,6 +44,19 @@ def test_what_was_frozen_by_its_maker_stays_so():
     assert "model.image.project.bias" not in set_trainable(pretrainer, {"image.*": 0.5}, flag=FLAG)
 
 
+def test_a_multiplier_for_what_does_not_train_is_refused_unless_it_reaches_more():
+    pretrainer = tiny_pretrainer(("itc", "lm"))
+    for name, parameter in pretrainer.named_parameters():
+        parameter.requires_grad_(not name.startswith("model.text."))
+    with pytest.raises(UserError, match=r"'text.project.\*' is 0.5 for what does not train"):
+        set_trainable(pretrainer, {"text.project.*": 0.5}, flag=FLAG)
+    found = set_trainable(pretrainer, {"text.*": 0.0, "*.project.*": 0.5}, flag=FLAG)
+    assert {name for name, multiplier in found.items() if multiplier == 0.5} == {
+        "model.image.project.weight",
+        "model.image.project.bias",
+    }
+
+
 def test_tied_weights_have_two_names():
     class Tied(nn.Module):
         def __init__(self) -> None:

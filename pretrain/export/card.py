@@ -6,16 +6,18 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
 import yaml
 
+from datasets.weights import Weight, turns, weight_at, weights_in
 from objectives import kind_of
 from pretrain import runfile
 from pretrain.config import Run
-from pretrain.curriculum import Curriculum
+from pretrain.curriculum import Curriculum, Stretch
 from pretrain.evaluate.results import AVERAGED
 from pretrain.evaluate.subject import Subject
 from pretrain.export.preprocessing import normalisation_of
@@ -73,7 +75,9 @@ def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequ
 
     run = subject.run
     assert run is not None
-    kinds = sorted({kind_of(objective) for objective in run.objectives.values()})
+    begun = _begun(run, subject.step)
+    trained_by = [name for name in run.objectives if any(name in _weights(run, each) for each in begun)]
+    kinds = sorted({kind_of(run.objectives[name]) for name in trained_by})
     header = ModelCardData(
         library_name=to, pipeline_tag="zero-shot-image-classification", tags=["medley", "clip", *kinds]
     )
@@ -85,7 +89,7 @@ def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequ
             f"```python\n{USAGE[to].substitute(folder=name)}\n```",
         ],
         "Data": _data(run, run_dir, subject.step),
-        "Training": _training(run, subject, samples),
+        "Training": _training(run, begun, subject, samples),
         "Evaluation": _evaluation(run, run_dir, subject),
         "Preprocessing": [*_preprocessing(subject), *map(_short, notes)],
         "Recipe": ["All settings of the run:", f"```yaml\n{_recipe(run)}```"],
@@ -93,7 +97,7 @@ def card(subject: Subject, run_dir: Path, *, to: Library, out: Path, notes: Sequ
     paragraphs = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"An image-text model, pretrained with Medley {version()} ({' + '.join(run.objectives)}) on "
+        f"An image-text model, pretrained with Medley {version()} ({' + '.join(trained_by)}) on "
         f"{samples} samples of `{_short(run.data)}`.",
         *(paragraph for title, body in sections.items() for paragraph in (f"## {title}", *body)),
     ]
@@ -123,22 +127,49 @@ def _data(run: Run, run_dir: Path, step: int) -> list[str]:
     return [table, *([f"Evaluated on {evaluated}."] if evaluated else [])]
 
 
-def _training(run: Run, subject: Subject, samples: int) -> list[str]:
+def _begun(run: Run, step: int) -> list[Stretch]:
+    """What was trained before a step; the last of it perhaps not to its end."""
+    stretches = Curriculum(run.stages).stretches
+    return [replace(each, last=min(each.last, step)) for each in stretches if each.first < step]
+
+
+def _weights(run: Run, stretch: Stretch) -> dict[str, Weight]:
+    """The objectives that a stage minimises, with weights on the line of the run's steps."""
+    own = {name: config.weight for name, config in run.objectives.items()}
+    return weights_in(stretch.stage.objectives, own, begins=stretch.begins)
+
+
+def _weight(weight: Weight, first: int, last: int) -> str:
+    """In a number, or in those where it turns between two steps of the run."""
+    inside = {step for step in turns(weight) if first < step < last}
+    values = {step: f"{weight_at(weight, step):g}" for step in sorted({first, last, *inside})}
+    if len(set(values.values())) == 1:
+        return values[first]
+    return ", ".join(f"{value} at step {step}" for step, value in values.items())
+
+
+def _training(run: Run, begun: Sequence[Stretch], subject: Subject, samples: int) -> list[str]:
     stages = [
         (
             each.name, each.last - each.first, each.batch, f"{each.resolution} px",
             each.stage.optim.kind, each.stage.optim.lr, each.stage.optim.weight_decay,
         )
-        for each in Curriculum(run.stages).stretches
+        for each in begun
     ]  # fmt: skip
-    objectives = [(name, kind_of(config), config.weight) for name, config in run.objectives.items()]
+    ends = {each.name: each.last for each in begun}
+    objectives = [
+        (each.name, name, kind_of(run.objectives[name]), _weight(weight, each.begins, ends[each.name]))
+        for each in begun
+        if each.first == each.begins
+        for name, weight in _weights(run, each).items()
+    ]
     pretrained = _short(getattr(run.model, "pretrained", ""))
     return [
         f"Step {subject.step}: {samples} samples seen, from "
         f"{f'`{pretrained}`' if pretrained else 'random weights'}.",
         *([f"{AVERAGED.capitalize()}."] if subject.averaged else []),
         _table(("stage", "steps", "batch", "images", "optimizer", "peak learning rate", "decay"), stages),
-        _table(("objective", "kind", "weight"), objectives),
+        _table(("stage", "objective", "kind", "weight"), objectives),
     ]
 
 

@@ -75,6 +75,44 @@ def test_a_card_is_filled_in(make_run, tmp_path, to):
     assert runfile.load(tmp_path / "again.yaml") == runfile.load(tmp_path / "here.yaml")
 
 
+def test_each_stage_is_told_with_its_own_objectives_as_far_as_it_was_trained(make_run, tmp_path):
+    run = make_run("clip", "itc,siglip")
+    subject: Any = load_subject(run)
+    objectives = dict(subject.run.objectives)
+    objectives["siglip"] = dataclasses.replace(objectives["siglip"], weight=((0, 0.0), (8, 1.0)))
+    one = dataclasses.replace(subject.run.stages["stage0"], steps=4, objectives={"itc": 0.5})
+    two = dataclasses.replace(one, resolution=((0, 32), (3, 64)), objectives={})
+    three = dataclasses.replace(one, objectives={"itc": ((0, 2.0), (2, 1.0))})
+    subject = with_run(subject, objectives=objectives, stages={"one": one, "two": two, "three": three})
+
+    def tables(step):
+        told = card(dataclasses.replace(subject, step=step), run, to="open_clip", out=tmp_path, notes=())
+        found = [row[:4] for row in rows(told.split("## Training")[1].split("\n## ")[0])]
+        cut = next(place for place, row in enumerate(found) if row[1] == "objective")
+        return found[2:cut], found[cut + 2 :], told
+
+    stages, weights, told = tables(3)
+    assert stages == [["one", "3", "8", "32 px"]]
+    assert weights == [["one", "itc", "itc", "0.5"]]
+    assert "(itc) on 24 samples" in told
+    assert "siglip" not in told.partition("## Recipe")[0]
+
+    stages, weights, told = tables(10)
+    assert stages == [
+        ["one", "4", "8", "32 px"],
+        ["two", "3", "8", "32 px"],
+        ["two", "1", "8", "64 px"],
+        ["three", "2", "8", "32 px"],
+    ]
+    assert weights == [
+        ["one", "itc", "itc", "0.5"],
+        ["two", "itc", "itc", "1"],
+        ["two", "siglip", "siglip", "0.5 at step 4, 1 at step 8"],
+        ["three", "itc", "itc", "2 at step 8, 1 at step 10"],
+    ]
+    assert "(itc + siglip) on 80 samples" in told
+
+
 def test_every_source_is_told_from_what_was_known_in_training(make_run, tmp_path):
     """The data themselves need not be here any more."""
     run = make_run("clip")

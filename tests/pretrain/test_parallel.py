@@ -216,6 +216,7 @@ def trained() -> tuple[list[float], list[str]]:
     return losses(ALONE, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", SPREADS)
 def test_fifty_steps_have_the_losses_of_one_process(pool, trained, spread):
     """And what is saved has the same names."""
@@ -226,6 +227,7 @@ def test_fifty_steps_have_the_losses_of_one_process(pool, trained, spread):
         assert names == trained[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread", "rounded"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
 def test_fifty_steps_in_bf16_have_the_losses_of_one_process(pool, spread, rounded):
     """Sums over other rows round to another last of eight bits, and training goes on from there."""
@@ -348,6 +350,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_shards_is_evaluated_saved_and_resumed_as_one_without(pool, tmp_path):
     """Stopped half-way; it goes on with shards, and another of its starts without."""
     flags = {"ddp": RUN, "fsdp": f"{RUN} --parallel fsdp --activation-checkpointing"}

@@ -128,6 +128,7 @@ def test_one_step_is_skipped_counted_and_explained(spoiled, keys):
     assert not_finite == ["8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", [8, 9], ids=["right after it", "one later"])
 def test_killed_and_resumed_over_it_the_run_decides_the_same(pool, spoiled, keys, tmp_path, die):
     world, straight = spoiled

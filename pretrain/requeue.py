@@ -17,12 +17,14 @@ from itertools import chain, repeat
 from pretrain.place import Job
 
 _FIELD = re.compile(r"(\w+)=(\S*)")
-_DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)")
+_DURATION = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
 _CALL = 30.0
 """Seconds after which a call that hangs is given up and made again."""
 _SOON = 10
 """Seconds after which a requeued job may start: long enough for its processes to end and its nodes to be
 cleared, and no longer."""
+_GLANCE = 10.0
+"""Seconds that a question may take whose answer can wait."""
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
@@ -54,7 +56,7 @@ def requeue(job: Job, *, bound: float, say: Callable[[str], None]) -> Outcome:
                 return again  # a call that seemed to fail has worked
             if (reason := _refusal(job.id, state)) is not None:
                 return Outcome(False, reason)
-            failure = _scontrol("requeue", job.id, end=end)
+            failure = _call("scontrol", "requeue", job.id, end=end)
             if isinstance(failure, str):
                 return again
         else:
@@ -70,18 +72,31 @@ def requeue(job: Job, *, bound: float, say: Callable[[str], None]) -> Outcome:
     raise AssertionError("the pauses have no end")
 
 
-def start_soon(job: str, *, bound: float) -> bool:
+def start_soon(job: str, *, bound: float, seconds: int = _SOON) -> bool:
     """Cut short the two minutes for which Slurm holds a requeued job back; whether that worked.
 
     The hold begins when the last process of the job has ended, and gives way to a time that is still to come
     by then, so that `now` would be too soon. Seen in Slurm 22.05.
+
+    Args:
+        job: its number.
+        bound: seconds after which it is given up.
+        seconds: after which it may start.
     """
     end = time.monotonic() + bound
     while time.monotonic() < end:
-        if isinstance(_scontrol("update", f"JobId={job}", f"StartTime=now+{_SOON}", end=end), str):
+        if isinstance(_call("scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}", end=end), str):
             return True
         time.sleep(0.5)
     return False
+
+
+def seconds_left(job: str) -> float | None:
+    """Until the time limit of a job; endless where it has none, None where Slurm does not say."""
+    said = _call("squeue", "--noheader", "--format=%L", "--jobs", job, end=time.monotonic() + _GLANCE)
+    if not isinstance(said, str) or not (_DURATION.fullmatch(said.strip()) or said.strip() == "UNLIMITED"):
+        return None
+    return _seconds(said.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ def _is_cancelled(state: dict[str, str]) -> bool:
 
 
 def _seconds(duration: str) -> float:
-    """Of [DAYS-]HH:MM:SS; endless for a word, such as UNLIMITED."""
+    """Of [[DAYS-]HH:]MM:SS; endless for a word, such as UNLIMITED."""
     match = _DURATION.fullmatch(duration)
     if match is None:
         return math.inf
@@ -122,17 +137,15 @@ def _seconds(duration: str) -> float:
 
 
 def _show(job: str, end: float) -> dict[str, str] | None:
-    said = _scontrol("show", "job", "-o", job, end=end)
+    said = _call("scontrol", "show", "job", "-o", job, end=end)
     return dict(_FIELD.findall(said)) if isinstance(said, str) else None
 
 
-def _scontrol(*words: str, end: float) -> str | Failure:
-    """What it prints, or why it did not work."""
+def _call(*words: str, end: float) -> str | Failure:
+    """What a command of Slurm prints, or why it did not work."""
     left = max(0.1, min(_CALL, end - time.monotonic()))
     try:
-        called = subprocess.run(
-            ["scontrol", *words], capture_output=True, text=True, timeout=left, stdin=subprocess.DEVNULL
-        )
+        called = subprocess.run(words, capture_output=True, text=True, timeout=left, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return Failure(f"no answer in {left:.0f} s")
     except OSError as error:

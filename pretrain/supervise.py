@@ -1,7 +1,8 @@
 """Keep a run going: `python -m pretrain.supervise -- srun --kill-on-bad-exit=1 COMMAND... --out RUN_DIR`.
 
 Starts the command, and again in place whenever it crashes, unless it crashes without getting on. When it
-was interrupted and has saved (75) inside a Slurm job, the job is given back to the queue, once. On a laptop:
+was interrupted and has saved (75) inside a Slurm job, the job is given back to the queue, once; so it is
+shortly before its time limit if it still saves then, because nobody could do that later. On a laptop:
 `python -m pretrain.supervise -- torchrun --nproc-per-node 8 -m pretrain.launch --out RUN_DIR`.
 
 Exit codes: those of `pretrain.launch`. 0 done, 75 interrupted and saved, 2 the user can mend it, anything
@@ -32,6 +33,7 @@ from pretrain import fencing, verdict
 from pretrain.attempts import Event, Kind, note, read_attempts
 from pretrain.place import ATTEMPT, Attempt, Job, attempt_here, job_here
 from pretrain.requeue import requeue, start_soon
+from pretrain.timelimit import MARGIN, TimeLimit
 
 DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 BARREN = 3
@@ -43,6 +45,8 @@ BOUND = "MEDLEY_REQUEUE_SECONDS"
 _BOUND = 600.0
 _FAREWELL = 120.0
 """Seconds that Slurm has to end a job that it has taken back."""
+_KILL_WAIT = 30
+"""Seconds that Slurm leaves to the processes of such a job, where nobody has configured another time."""
 _PAUSE = 1.0
 _TRAINING = "pretrain.launch"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -84,6 +88,8 @@ class Supervisor:
     def __init__(self, command: Sequence[str], out: Path) -> None:
         self._command, self._out = list(command), out
         self._job: Job | None = job_here()
+        self._limit = TimeLimit(self._job.id) if self._job else None
+        self._returned = False
         self._signals = Signals()
         knows_usr2 = _is_srun(command) or _trains_itself(command)
         self._usr2 = signal.SIGUSR2 if knows_usr2 else signal.SIGTERM
@@ -123,6 +129,8 @@ class Supervisor:
 
     def _next(self, code: int, barren: int) -> Next:
         """What follows from how it ended."""
+        if self._returned:
+            return "requeue"
         if code in (DONE, USER_ERROR):
             return "leave"
         stopped = code == INTERRUPTED or code in self._unmet or self._signals.stop is not None
@@ -147,7 +155,7 @@ class Supervisor:
         except OSError as error:
             raise UserError(f"{self._command[0]} cannot be started ({error.strerror})") from error
         self._signals.to(lambda number: process.send_signal(self._heard(number)))
-        code = process.wait()
+        code = self._wait(process)
         self._signals.to(None)
         found = verdict.read(said)
         _remove(said)
@@ -156,6 +164,31 @@ class Supervisor:
             return code, ""
         where = f"rank {found.rank}: " if found.rank else ""
         return found.code, f"{where}{found.reason}"
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The code with which it ends. Where the time of the job ends before, that is requeued first."""
+        while self._limit is not None:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=self._limit.pause)
+            if self._limit.is_near():
+                self._limit = None
+                if not self._signals.interrupted:
+                    self._return_unsaved()
+        return process.wait()
+
+    def _return_unsaved(self) -> None:
+        """Requeue the job while its command still runs: it has as long as Slurm leaves it to save."""
+        assert self._job is not None
+        step = newest_step(self._out)
+        lost = f"what was trained after step {step}" if step >= 0 else "all that was trained"
+        say(
+            f"the time limit of job {self._job.id} comes within {MARGIN:g} s and its last save is not done: "
+            f"unless that ends in time, {lost} is done again (--signal=USR2@SECONDS warns it earlier)"
+        )
+        self._signals.after = False
+        self._returned = self._hand_back(bound=min(_bound(), MARGIN + _KILL_WAIT))
+        if self._returned:  # and may start when the last of it must have ended
+            start_soon(self._job.id, bound=MARGIN, seconds=_KILL_WAIT + round(MARGIN))
 
     def _heard(self, number: int) -> int:
         """The signal as the command should hear it.
@@ -168,6 +201,20 @@ class Supervisor:
         return self._usr2 if number == signal.SIGUSR2 else number
 
     def _requeue(self) -> int:
+        """Requeue the job, unless it is already, and wait to be ended with it."""
+        assert self._job is not None
+        if not self._returned:
+            self._signals.after = False  # Slurm ends us as soon as it has taken the job back
+            self._returned = self._hand_back(bound=_bound())
+        if self._returned:
+            start_soon(self._job.id, bound=_FAREWELL)
+            end = time.monotonic() + _FAREWELL
+            while not self._signals.after and time.monotonic() < end:
+                time.sleep(0.2)
+        return INTERRUPTED
+
+    def _hand_back(self, *, bound: float) -> bool:
+        """Give the job back to the queue, unless it stands still; whether that worked."""
         assert self._job is not None
         if self._stands_still(self._job):
             reason = (
@@ -176,17 +223,11 @@ class Supervisor:
             )
             say(reason)
             self._note("give up", reason=reason)
-            return INTERRUPTED
-        self._signals.after = False  # Slurm ends us as soon as it has taken the job back
-        outcome = requeue(self._job, bound=_bound(), say=say)
+            return False
+        outcome = requeue(self._job, bound=bound, say=say)
         say(outcome.reason)
         self._note("requeue" if outcome.requeued else "leave", reason=outcome.reason)
-        if outcome.requeued:
-            start_soon(self._job.id, bound=_FAREWELL)
-            end = time.monotonic() + _FAREWELL
-            while not self._signals.after and time.monotonic() < end:
-                time.sleep(0.2)
-        return INTERRUPTED
+        return outcome.requeued
 
     def _stands_still(self, job: Job) -> bool:
         """Whether it was requeued so often already where it stands now: another time would change nothing."""

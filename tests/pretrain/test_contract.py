@@ -28,6 +28,7 @@ FLAGS = (
     "--model.text.width 16 --model.text.layers 1 --model.captioner.width 16 --model.captioner.layers 1 "
     "--cadence.report 1 --cadence.checkpoint 10 --precision.threads 1 --wandb.mode disabled"
 )
+SLOW_DISK = Path(__file__).with_name("slow_disk.py")
 SRUN = "srun --kill-on-bad-exit=1 python -m pretrain.launch"
 TORCHRUN = "python -m torch.distributed.run --standalone --nproc-per-node 2 -m pretrain.launch"
 
@@ -161,6 +162,35 @@ def test_a_signal_while_torch_is_imported_loses_nothing(oracle, flags, tmp_path)
     assert run.ended() == 0, run.said
     assert run.ledger == oracle
     assert run.requeued == 1, "a finished run is not requeued"
+
+
+def test_a_last_save_that_outlives_the_limit_costs_the_steps_since_the_one_before(oracle, flags, tmp_path):
+    """The job is requeued while there is still somebody to do it, and then all of it is killed."""
+    (tmp_path / "slurm").mkdir()
+    left, stalls = tmp_path / "slurm" / "left", tmp_path / "stalls"
+    left.write_text("0:18")
+    flags = f"--recipe {SLOW_DISK} {flags}"
+    run = Run(tmp_path, flags, STALLS=str(stalls))
+    run.at_step(15)
+    stalls.touch()
+    run.signal(signal.SIGUSR2)
+    while not list(run.out.glob("checkpoints/*.tmp-*")):
+        time.sleep(0.01)
+    left.write_text("0:14")
+    while not run.requeued:
+        time.sleep(0.05)
+    for pid in (run.pid, run.task(0), run.task(1)):
+        os.kill(pid, signal.SIGKILL)
+    run.ended()
+    done = run.ledger.count(b"\n")
+    stalls.unlink()
+    left.unlink()
+    assert "unless that ends in time, what was trained after step 10 is done again" in run.said
+    again = Run(tmp_path, flags, SLURM_RESTART_COUNT="1", STALLS=str(stalls))
+    assert again.ended() == 0, again.said
+    assert again.ledger == oracle
+    assert again.lost == [0, done - 10]
+    assert again.requeued == 1
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -32,6 +32,14 @@ if what == "wait":
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
     (out / "ready").write_text(str(os.getpid()))
     time.sleep(60)
+elif what.startswith("late"):
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    end = time.monotonic() + 5
+    while not stop and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(1)
+    what = what[4:]
 elif what == "seal":
     (out / "attempts.jsonl").unlink()
     (out / "attempts.jsonl").mkdir()
@@ -47,11 +55,21 @@ sys.exit(int(what))
 class Supervised:
     """A supervisor whose command does in turn what it is told."""
 
-    def __init__(self, tmp_path: Path, what: str, *, job: str = "", behaviour: str = "", **more: str) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        what: str,
+        *,
+        job: str = "",
+        behaviour: str = "",
+        left: str = "UNLIMITED",
+        **more: str,
+    ) -> None:
         self.out = tmp_path / "run"
         self._slurm = tmp_path / "slurm"
         self._slurm.mkdir()
         (self._slurm / "behaviour").write_text(behaviour)
+        (self._slurm / "left").write_text(left)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         environment = {
             **clean,
@@ -204,6 +222,36 @@ def test_a_job_comes_back_that_saved_after_its_time_limit(tmp_path):
     run = Supervised(tmp_path, "75", job="7", behaviour=late)
     assert run.ended()[0] == 75
     assert run.calls[0] == "requeue 7"
+
+
+@pytest.mark.parametrize("code", [0, 75, 137])
+def test_a_job_that_still_saves_shortly_before_its_limit_is_requeued_once(tmp_path, code):
+    """Slurm then ends what is left of it, whatever comes of that."""
+    (tmp_path / "run" / "checkpoints" / "step-00000040").mkdir(parents=True)
+    run = Supervised(tmp_path, f"late{code}", job="7", left="0:15")
+    ended, said = run.ended()
+    assert ended == 75
+    assert "the time limit of job 7 comes within 15 s and its last save is not done: unless that ends" in said
+    assert "in time, what was trained after step 40 is done again" in said
+    assert run.calls == ["requeue 7", "update JobId=7 StartTime=now+45", "update JobId=7 StartTime=now+10"]
+    assert [each.event for each in run.events] == ["start", "requeue", "end"]
+    assert run.starts == 1
+
+
+def test_a_limit_that_is_far_or_moves_away_ends_nothing(tmp_path):
+    run = Supervised(tmp_path, "late0", job="7", left="0:16")
+    assert run.ended() == (0, "")
+    assert run.calls == []
+
+
+def test_a_job_that_may_not_come_back_saves_until_its_limit_all_the_same(tmp_path):
+    refused = "show JobState=RUNNING Requeue=0 BatchFlag=1\n"
+    run = Supervised(tmp_path, "late75", job="7", left="0:05", behaviour=refused * 2)
+    ended, said = run.ended()
+    assert ended == 75
+    assert said.count("may not be requeued: submit it with --requeue") == 2
+    assert run.calls == []
+    assert [each.event for each in run.events] == ["start", "leave", "end", "leave"]
 
 
 def test_a_job_that_was_restarted_elsewhere_meanwhile_is_not_touched(tmp_path):

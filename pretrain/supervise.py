@@ -36,6 +36,7 @@ from pretrain.requeue import requeue, start_soon
 from pretrain.timelimit import MARGIN, TimeLimit
 
 DONE, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
+_USAGE = "python -m pretrain.supervise [--out RUN_DIR] -- COMMAND..."
 BARREN = 3
 """Starts in a row that may end in a crash without a new checkpoint."""
 STANDSTILL = 3
@@ -308,6 +309,9 @@ def say(sentence: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        sys.stdout.write(f"usage: {_USAGE}\n\n{__doc__}")
+        return DONE
     try:
         own, command = _split(arguments)
         out = run_directory(command) or run_directory(own)
@@ -331,7 +335,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     place = given.index("--") if "--" in given else 0
     own, command = given[:place], given[place + ("--" in given) :]
     if not command or (own and run_directory(own) is None):
-        raise UserError("write: python -m pretrain.supervise [--out RUN_DIR] -- COMMAND...")
+        raise UserError(f"write: {_USAGE}")
     return own, command
 
 

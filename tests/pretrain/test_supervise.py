@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.attempts import Event, note, read_attempts
-from pretrain.supervise import Supervisor, newest_step, run_directory
+from pretrain.supervise import Supervisor, main, newest_step, run_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = Path(__file__).resolve().parent / "fakes"
@@ -369,6 +369,14 @@ def test_a_mistake_is_one_sentence_and_code_2(tmp_path, arguments, sentence):
     assert sentence in ended.stderr
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_no_mistake(flag, capsys):
+    assert main([flag]) == 0
+    assert capsys.readouterr().out.startswith(
+        "usage: python -m pretrain.supervise [--out RUN_DIR] -- COMMAND"
+    )
 
 
 def test_the_run_directory_is_the_last_one_that_the_command_names():

@@ -13,6 +13,7 @@ from datasets.order import Shuffle
 from datasets.remote.fetch import Remote
 from datasets.sources import SourceConfig
 from datasets.weights import turns, weight_at, weights_in
+from objectives import kind_of, objective_class
 from objectives.base import Objective
 from pretrain.bystep import held_at
 from pretrain.coupled import Pool
@@ -56,6 +57,29 @@ class Eval:
     rerank: int = 16
     """With an objective that tells matching pairs from others: the nearest answers of a query of retrieval
     that it puts into a new order; 0 for none."""
+
+    def check(self, on: str, *, matches: bool) -> None:
+        """Refuse what would change nothing.
+
+        Args:
+            on: the data that is evaluated on; empty for none.
+            matches: whether an objective tells matching pairs from others.
+
+        Raises:
+            UserError: names the flag.
+        """
+        idle = {
+            "": "of which there is none: name one, or leave it out",
+            "scenes": "and scenes have test sets of their own: leave it out",
+        }
+        for flag, value in {"--eval.limit": self.limit, "--eval.classes": self.classes}.items():
+            if value and on in idle:
+                raise UserError(f"{flag} {value} is for --val, {idle[on]}")
+        if self.rerank not in (0, Eval.rerank) and not matches:
+            raise UserError(
+                f"--eval.rerank {self.rerank} needs an objective that tells matching pairs from others: add "
+                "one, as --objectives itc,itm, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +172,9 @@ class Run:
         for flag, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{flag} is {value}; it must be at least {bound}")
+        kinds = [objective_class(kind_of(each)) for each in self.objectives.values()]
+        matches = any(hasattr(each, "match_logit") for each in kinds)
+        self.eval.check(self.val or ("scenes" if self.data == "scenes" else ""), matches=matches)
 
     def _check_elastic(self) -> None:
         for stage in self.stages.values():

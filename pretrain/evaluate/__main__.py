@@ -84,6 +84,11 @@ def _evaluate(command: Command, ranks: Ranks) -> None:
         if getattr(command, flag) < least:
             raise UserError(f"--{flag} is {getattr(command, flag)}; it must be at least {least}")
     subject = load_subject(command.subject, step=command.step, weights=command.weights, ranks=ranks)
+    if command.rerank not in (0, Command.rerank) and subject.matcher is None:
+        raise UserError(
+            f"--rerank {command.rerank} needs a model that was trained to tell matching pairs from others, "
+            "as by --objectives itc,itm: leave it out"
+        )
     command = _as_in_training(command, subject)
     resolution = command.resolution or subject.resolution
     if subject.run is not None and ranks.device.type == "cpu":

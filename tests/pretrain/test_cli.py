@@ -114,6 +114,20 @@ def test_the_same_command_has_the_same_directory_whatever_its_budget():
         ("--stages.one.optim.lr nan", "--stages.one.optim.lr is nan"),
         ("--stages.one.optim.lr -1", "--stages.one.optim.lr is -1.0"),
         ("--cadence.report 0", "--cadence.report is 0"),
+        (
+            "--eval.limit 9",
+            "is for --val, and scenes have test sets of their own: leave it out",
+        ),
+        (
+            "--val scenes --data a.tar --eval.classes imagenet",
+            "--eval.classes imagenet is for --val",
+        ),
+        ("--data a.tar --eval.limit 9", "is for --val, of which there is none: name one, or leave it out"),
+        (
+            "--eval.rerank 8",
+            "needs an objective that tells matching pairs from others: add one",
+        ),
+        ("--eval.rerank -1", "--eval.rerank is -1; it must be at least 0"),
         ("--cadence.keep 1", "--cadence.keep is 1; it must be at least 2"),
         ("--loader-threads 0", "--loader-threads is 0"),
         ("--seed -1", "--seed is -1"),
@@ -143,6 +157,11 @@ def test_a_mistake_is_one_sentence(line, sentence):
     with pytest.raises(UserError, match=sentence.replace("(", r"\(")) as raised:
         parsed(line)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("line", ["--objectives itc,itm --eval.rerank 8", "--objectives itc --eval.rerank 0"])
+def test_answers_are_put_into_a_new_order_by_what_was_trained_to(line):
+    assert parsed(line).run.eval.rerank in (0, 8)
 
 
 @pytest.mark.parametrize(

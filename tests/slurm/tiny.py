@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from datasets.sources import SourceConfig
 from objectives.lm import LM
-from pretrain.config import Cadence, Eval, Run
+from pretrain.config import Cadence, Run
 from pretrain.optim import Optim
 from pretrain.precision import Precision
 from pretrain.sinks.mirrored import Wandb
@@ -41,6 +41,5 @@ def recipe() -> Run:
         stages={"one": stage, "two": replace(stage, steps=20, resolution=((0, 16), (10, 32)))},
         precision=Precision(threads=1),
         cadence=Cadence(report=1, checkpoint=10),
-        eval=Eval(limit=8),
         wandb=Wandb(mode="disabled"),
     )

@@ -130,6 +130,7 @@ def test_a_run_judged_on_nothing_asks_for_data(tmp_path, data, capsys):
         ("RUN --measures linear_probe", "name them by --train"),
         ("RUN --json /proc/nothing/x.json", "the results cannot be written to /proc/nothing/x.json"),
         ("RUN --data scenes --train x.tar", "scenes have their own measures"),
+        ("RUN --rerank 32", "--rerank 32 needs a model that was trained to tell matching pairs from others"),
         ("RUN --limit -1", "--limit is -1; it must be at least 0"),
     ],
 )

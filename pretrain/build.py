@@ -27,7 +27,7 @@ from pretrain.distributed import Ranks
 from pretrain.precision import choose_attention
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
-from pretrain.trainable import set_trainable
+from pretrain.trainable import check_named, set_trainable
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
 from pretrain.zoo.vision import fitting
@@ -321,8 +321,11 @@ def train_only(pretrainer: Pretrainer, run: Run, stage: str) -> dict[str, float]
     heads, so that a checkpoint holds the same in every stage.
 
     Raises:
-        UserError: a pattern of the stage matches nothing, or nothing that trains, or freezes all that does.
+        UserError: a pattern of any stage matches nothing, or one of this stage nothing that trains, or they
+            freeze all that does.
     """
+    for name, each in run.stages.items():  # before days of training lead up to it
+        check_named(pretrainer, each.trainable, flag=f"--stages.{name}.trainable")
     fed = {name: pretrainer.objectives[name] for name in pretrainer.fed()}
     read = read_by(pretrainer.model, fed)
     for tower in get_args(Tower):

@@ -132,6 +132,9 @@ def test_moments_are_kept_or_fresh_as_the_stage_says(straight):
 
 def test_stage_by_stage_in_commands_of_their_own(straight, tmp_path, capsys):
     out = tmp_path / "run"
+    typo = ["--stages.two.trainable", "imgae.*", "0.5"]
+    assert launch.main([*command(out, "--stage one"), *typo]) == launch.USER_ERROR
+    assert "--stages.two.trainable 'imgae.*' matches no parameter: the nearest" in capsys.readouterr().err
     assert launch.main(command(out, "--stage two")) == launch.USER_ERROR
     said = capsys.readouterr().err
     assert said == (

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
@@ -331,6 +332,19 @@ def untrained_judge(*, text: bool = True, captioner: bool = True) -> Judge:
     model.text = model.text if text else None
     model.captioner = model.captioner if captioner else None
     return Judge(model=model, tokenizer=tokenizer, compute=Compute(device=torch.device("cpu"), bf16=False))
+
+
+def stall_checkpoints(while_there: Path) -> None:
+    """From now on every checkpoint of this process waits for its disk as long as a file exists."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        written = Path(f"/proc/self/fd/{descriptor}").readlink()
+        while "checkpoints" in written.parts and while_there.exists():
+            time.sleep(0.05)
+        real(descriptor)
+
+    os.fsync = fsync
 
 
 if __name__ == "__main__":

@@ -54,9 +54,15 @@ class Training:
             environment={
                 "RUN_DIR": str(self.out),
                 "PACE": pace,
+                "STALLS": str(self.stalls),
                 "PATH": os.pathsep.join([*before, str(Path(sys.executable).parent), os.environ["PATH"]]),
             },
         )
+
+    @property
+    def stalls(self) -> Path:
+        """As long as it exists, no checkpoint gets to the disk."""
+        return self.out.parent / "stalls"
 
     @property
     def ledger(self) -> list[str]:

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from slurm.testing import GRACE
+
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 QUICK = "0.2,0.02"
@@ -79,13 +81,18 @@ def test_a_signal_comes_before_anything_is_trained(training):
     assert is_clean(job.output), job.output
 
 
-def test_a_job_of_a_higher_partition_takes_its_nodes(training, tmp_path):
+def urgent(training):
+    """A job that takes the nodes of the other one, for two seconds."""
+    script = training.out.parent / "urgent.sh"
+    script.write_text("#!/bin/sh\nsleep 2\n")
+    options = ("--partition=high", "--nodes=2", f"--output={script.with_suffix('.out')}")
+    return training.cluster.submit(script, options=options)
+
+
+def test_a_job_of_a_higher_partition_takes_its_nodes(training):
     job = training.submit("stage1", pace=QUICK)
     training.wait_for_step(15)
-    urgent = tmp_path / "urgent.sh"
-    urgent.write_text("#!/bin/sh\nsleep 2\n")
-    options = ("--partition=high", "--nodes=2", f"--output={tmp_path}/urgent.out")
-    above = training.cluster.submit(urgent, options=options)
+    above = urgent(training)
     above.wait("RUNNING", "COMPLETED", seconds=30)
     assert job.state == "PENDING"
     training.finish(job)
@@ -93,6 +100,30 @@ def test_a_job_of_a_higher_partition_takes_its_nodes(training, tmp_path):
     assert job.restarts == 1
     assert training.lost == [0, 0]
     assert is_clean(job.output), job.output
+
+
+@pytest.fixture
+def no_grace(training):
+    """Who has to make room has a second, and then the ten in which Slurm waits for what it ends."""
+    training.cluster.run("scontrol", "update", "PartitionName=low", "GraceTime=1")
+    yield
+    training.cluster.run("scontrol", "update", "PartitionName=low", f"GraceTime={GRACE}")
+
+
+@pytest.mark.usefixtures("no_grace")
+def test_it_is_killed_in_its_last_save(training):
+    """Which is lost, with the steps since the checkpoint before it."""
+    job = training.submit("stage1", pace=QUICK)
+    training.wait_for_step(15)
+    training.stalls.touch()
+    above = urgent(training)
+    above.wait("RUNNING", "COMPLETED", seconds=60)
+    assert list(training.out.glob("checkpoints/*.tmp-*")) != []
+    done = len(training.ledger)
+    training.stalls.unlink()
+    training.finish(job)
+    assert job.restarts == 1
+    assert training.lost == [0, done - 10]
 
 
 def test_a_rank_is_killed(training):

@@ -1,12 +1,13 @@
 """Two stages of a tiny captioner, for the tests of interruptions: 40 steps, then 20 with a change of size.
 
 PACE holds seconds that every step takes longer, one number for each start that Slurm gives a job; the last
-one counts for all that follow.
+one counts for all that follow. As long as the file STALLS exists, no checkpoint gets to the disk.
 """
 
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -17,6 +18,7 @@ from pretrain.optim import Optim
 from pretrain.precision import Precision
 from pretrain.sinks.mirrored import Wandb
 from pretrain.stage import Stage
+from pretrain.testing import stall_checkpoints
 from pretrain.zoo.captioner import Captioner
 from pretrain.zoo.models import DualConfig, SmallText
 
@@ -24,6 +26,8 @@ _paces = [float(each) for each in os.environ.get("PACE", "0").split(",")]
 _pace = _paces[min(int(os.environ.get("SLURM_RESTART_COUNT", "0")), len(_paces) - 1)]
 if _pace:
     register_optimizer_step_post_hook(lambda *_: time.sleep(_pace))
+if stalls := os.environ.get("STALLS"):
+    stall_checkpoints(Path(stalls))
 
 
 def recipe() -> Run:

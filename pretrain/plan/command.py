@@ -16,6 +16,7 @@ from pretrain.data import open_data
 from pretrain.distributed import Ranks
 from pretrain.plan.inputs import Input, of_data, without_data
 from pretrain.plan.leg import Paperwork
+from pretrain.plan.paper import pretended
 from pretrain.plan.tokens import Sizes
 from pretrain.plan.told import told
 from pretrain.plan.wanted import NOWHERE, Wanted
@@ -43,7 +44,8 @@ def plan(command: Command) -> list[str]:
     work = Paperwork(run=run, wanted=wanted, tokenizer=tokenizer, inputs=inputs)
     curriculum = Curriculum(run.stages)
     stretches = curriculum.of_stage(command.stage) if command.stage is not None else curriculum.stretches
-    legs = [work.leg(each) for each in stretches]
+    with pretended(wanted.gpus):  # what torch finds out about shards once serves all trials
+        legs = [work.leg(each) for each in stretches]
     return told(run, wanted, inputs, legs)
 
 

@@ -58,8 +58,7 @@ class Held(Alive):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._known:
-            self._causes[storage._cdata] = self.cause
+        self._causes[storage._cdata] = self.cause
         super()._count(storage)
 
     def _changed(self, place: int, size: int) -> None:

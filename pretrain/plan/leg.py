@@ -154,7 +154,7 @@ class Paperwork:
             return found
         before = self._attempt(stretch, self.run.spread.parallel, each, tried).bytes
         more = {cause: own.bytes.get(cause, 0) - before.get(cause, 0) for cause in (*own.bytes, *before)}
-        return {cause: found.get(cause, 0) + more.get(cause, 0) for cause in {*found, *more}}
+        return {cause: found.get(cause, 0) + more.get(cause, 0) for cause in dict.fromkeys((*found, *more))}
 
     def _refused(self, stretch: Stretch, parallel: Parallel) -> str:
         """Why a run cannot be spread like this; nothing where it can."""

@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from datasets.errors import UserError
+from pretrain.memory import only_supposed
+from pretrain.plan.outcomes import Outcomes
 
 _SMALL = 64
 """Numbers of a tensor that is made of nothing else (a list of rates by depth) and stays real."""
@@ -66,6 +68,7 @@ class Paper(TorchDispatchMode):
         self.collective: Callable[[Collective], None] = lambda _: None
         """Told of every one."""
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._outcomes = Outcomes(self._fakes)
         self._chosen = 1
         self._own = {
             torch.ops.aten.index.Tensor: self._index,
@@ -104,12 +107,13 @@ class Paper(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked some times for every operator
         kwargs = kwargs or {}
+        if only_supposed():
+            return func(*args, **kwargs)
         if func.namespace == "c10d":
             return self._collective(func, args)
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if any(isinstance(each, FakeTensor) for each in tensors):
+        if any(issubclass(each, FakeTensor) for each in types):
             return self._own.get(func, self._unwritten)(func, args, kwargs)
-        if tensors:
+        if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         made = self._unwritten(func, args, kwargs)
         numbers = isinstance(made, Tensor) and made.is_floating_point() and made.numel() > _SMALL
@@ -117,8 +121,7 @@ class Paper(TorchDispatchMode):
 
     def _unwritten(self, func: _Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
-            with self._fakes:
-                return func(*args, **kwargs)
+            return self._outcomes.of(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"this run cannot be planned on paper: {func} asks for the value of a number, and there are "
@@ -215,7 +218,7 @@ def _numbers(column: Tensor) -> bool:
 
 @contextmanager
 def pretended(world: int) -> Generator[dist.ProcessGroup | None]:
-    """A group of so many ranks of which only this one is here; None for one.
+    """A group of so many ranks of which only this one is here; None for one. Inside another, the same.
 
     Raises:
         UserError: this process is one of several already.
@@ -226,8 +229,12 @@ def pretended(world: int) -> Generator[dist.ProcessGroup | None]:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized():
-        raise UserError("--plan is for one process: start it without torchrun")
+    known = dist.group.WORLD
+    if known is not None:
+        if dist.get_backend(known) != "fake":
+            raise UserError("--plan is for one process: start it without torchrun")
+        yield known
+        return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         group = dist.group.WORLD

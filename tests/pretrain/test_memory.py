@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.memory import Alive
 
@@ -29,3 +30,11 @@ def test_views_and_what_was_there_before_do_not_count():
         assert alive.bytes == z.nbytes
         z.mul_(2)
         assert alive.bytes == z.nbytes
+
+
+def test_what_torch_only_supposes_takes_no_memory():
+    alive = Alive()
+    with alive, FakeTensorMode():
+        kept = torch.ones(8) + 1
+    assert kept.shape == (8,)
+    assert alive.peak == 0

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
 
@@ -35,6 +36,8 @@ GRACE = 20
 LOST_AFTER = 15
 """Seconds after which a node that does not answer is down, and its jobs are requeued."""
 
+_REVOKED = timedelta(seconds=2)
+"""For which nodes refuse a job that they were just told to end; their clocks count whole seconds."""
 _CONFIGURATION = """
 ClusterName=medley
 SlurmctldHost={host}(127.0.0.1)
@@ -297,9 +300,13 @@ class Job:
             raise
 
     def hasten(self) -> None:
-        """Start it as soon as it can be, where a time is all it waits for."""
+        """Start it as soon as it can be, where a time is all it waits for.
+
+        Not in the second in which it was put back: nodes take that for the start that they were told to end.
+        """
         shown = self.show()
-        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
+        waited = datetime.now() - datetime.fromisoformat(shown["SubmitTime"])
+        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime") and waited > _REVOKED:
             with suppress(subprocess.CalledProcessError):  # it has begun or is still being put back
                 self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 

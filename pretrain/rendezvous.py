@@ -3,18 +3,16 @@
     RUN_DIR/rendezvous/JOB.RESTART.STEP.json    where rank zero of this start listens; gone when all have come
 
 Rank zero listens on a port that the system finds free, so that none can be busy. Node names of a cluster need
-not resolve, so that it publishes every address it has, and the others try them in turn. No wait is without
-end, and what did not come is named.
+not resolve, so that it publishes every address it has, and the others try them in turn. Where nodes have met,
+they also listen for what follows. No wait is without end, and what did not come is named.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 
 from datasets.atomic import replace
 from datasets.errors import UserError
+from pretrain.interfaces import interfaces, listen_at
 from pretrain.place import Place
 
 PATIENCE = "MEDLEY_RENDEZVOUS_SECONDS"
@@ -36,7 +35,6 @@ _PAUSE = 0.1
 _CONNECT = 3.0
 """Seconds after which an address that does not answer is left for the next one."""
 _LOOPBACK = "127.0.0.1"
-_SIOCGIFADDR = 0x8915
 
 
 class RendezvousError(UserError):
@@ -59,6 +57,16 @@ class _Door:
 
     def __str__(self) -> str:
         return f"{self.node}:{self.port} ({', '.join(self.addresses)})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The connection of a rank on another node with rank zero."""
+
+    here: str
+    """Its address on this machine."""
+    there: str
+    """Rank zero's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +122,14 @@ def meet(place: Place, file: Path, wait: Wait) -> Generator[Store]:
         UserError: the file cannot be written.
         LeftError: it was asked to stop first.
     """
+    way: _Way | None = None
     if place.rank:
-        store, door = _enter(place, file, wait)
+        store, door, way = _enter(place, file, wait)
     else:
         store, door = _open(place, file, wait)
     try:
+        if way is not None:
+            store.set("way", way.there)
         store.set(f"here/{place.rank}", place.node)
         if place.rank == 0:
             missing = set(range(1, place.world))
@@ -138,6 +149,7 @@ def meet(place: Place, file: Path, wait: Wait) -> Generator[Store]:
                 f"rank {place.rank} waited {wait.seconds:g} s at {door}, and not all {place.world} ranks "
                 f"came: rank 0 says which, or set {PATIENCE} higher"
             )
+        _listen(store, way)
         yield store
     except dist.DistError as error:
         raise RendezvousError(
@@ -157,7 +169,7 @@ def _open(place: Place, file: Path, wait: Wait) -> tuple[Store, _Door]:
         _LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=wait.seconds)
     )
     store.set("token", token)
-    door = _Door(place.node, addresses(), store.port, token)
+    door = _Door(place.node, list(interfaces().values()), store.port, token)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(door, name) for name in ("node", "addresses", "port", "token")}
@@ -170,17 +182,18 @@ def _open(place: Place, file: Path, wait: Wait) -> tuple[Store, _Door]:
     return store, door
 
 
-def _enter(place: Place, file: Path, wait: Wait) -> tuple[Store, _Door]:
+def _enter(place: Place, file: Path, wait: Wait) -> tuple[Store, _Door, _Way | None]:
     """The others read where, and try one address after the other."""
-    found: list[tuple[Store, _Door]] = []
+    found: list[tuple[Store, _Door, _Way | None]] = []
     doors: list[_Door] = []
 
     def entered() -> bool:
         door = _read(file)
         if door is not None:
             doors[:] = [door]
-            store = _connect(door, wait)
-            found[:] = [(store, door)] if store is not None else []
+            if (connected := _connect(door, wait)) is not None:
+                store, way = connected
+                found[:] = [(store, door, way if place.node != door.node else None)]
         return bool(found)
 
     if wait.until(entered):
@@ -206,35 +219,31 @@ def _read(file: Path) -> _Door | None:
         return None
 
 
-def _connect(door: _Door, wait: Wait) -> Store | None:
+def _connect(door: _Door, wait: Wait) -> tuple[Store, _Way] | None:
     """The store behind one of the addresses, if one leads there."""
     names = [*door.addresses, door.node, _LOOPBACK]
     for address in dict.fromkeys(names):
         try:
             # Asked first, because a store that is not there is waited for until its time is over.
-            with socket.create_connection((address, door.port), timeout=_CONNECT):
-                pass
+            with socket.create_connection((address, door.port), timeout=_CONNECT) as asked:
+                way = _Way(asked.getsockname()[0], asked.getpeername()[0])
             store = TCPStore(
                 address, door.port, is_master=False, timeout=timedelta(seconds=max(_CONNECT, 1.0))
             )
             if store.check(["token"]) and store.get("token").decode() == door.token:
                 store.set_timeout(timedelta(seconds=wait.seconds))
-                return store
+                return store, way
         except (OSError, dist.DistError):
             continue
     return None
 
 
-def addresses() -> list[str]:
-    """The IPv4 addresses of this machine, those of the loopback left out."""
-    found: list[str] = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                asked = struct.pack("256s", name.encode()[:15])
-                answer = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, asked)
-                found.append(socket.inet_ntoa(answer[20:24]))
-    return [address for address in found if not address.startswith("127.")]
+def _listen(store: Store, way: _Way | None) -> None:
+    """Have gloo listen where the nodes have met, if there are several."""
+    if way is not None:
+        listen_at(way.here)
+    elif store.check(["way"]):  # all have come, so that whoever has one has said so
+        listen_at(store.get("way").decode())
 
 
 def _few(ranks: set[int], *, limit: int = 8) -> str:

@@ -6,16 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from datasets.errors import UserError
 from pretrain import launch, verdict
-from pretrain.rendezvous import RendezvousError, Wait, addresses
+from pretrain.interfaces import _is_found
+from pretrain.rendezvous import RendezvousError, Wait
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -30,6 +33,7 @@ try:
         with join_ranks(Path(sys.argv[1]), asked=preemption.asked) as ranks:
             total = ranks.sum(torch.tensor([ranks.rank + 1.0]))
             print(ranks.rank, ranks.world, ranks.local, int(total), flush=True)
+            print(os.environ.get("GLOO_SOCKET_IFNAME"), flush=True)
 except LeftError:
     sys.exit(75)
 except UserError as error:
@@ -37,7 +41,9 @@ except UserError as error:
 """
 
 
-def start(out: Path, rank: int, nodes: list[int], **more: str) -> subprocess.Popen[str]:
+def start(
+    out: Path, rank: int, nodes: list[int], *, within: tuple[str, ...] = (), **more: str
+) -> subprocess.Popen[str]:
     """A task of srun: its node by its rank."""
     node = next(n for n in range(len(nodes)) if rank < sum(nodes[: n + 1]))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -50,7 +56,7 @@ def start(out: Path, rank: int, nodes: list[int], **more: str) -> subprocess.Pop
         **more,
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-c", TASK, str(out)], cwd=ROOT, env=environment, text=True,
+        [*within, sys.executable, "-c", TASK, str(out)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -72,9 +78,55 @@ def test_tasks_on_nodes_whose_names_nobody_knows_find_each_other(tmp_path):
         assert task.stdout is not None
         assert task.stdout.readline() == "ready\n"
     tasks = [start(tmp_path, 0, [2, 1]), *others]
-    said = [(out.splitlines()[-1], code) for out, error, code in ends(tasks)]
-    assert said == [("0 3 2 6", 0), ("1 3 2 6", 0), ("2 3 1 6", 0)]
+    said = [(*out.splitlines()[-2:], code) for out, error, code in ends(tasks)]
+    listen = said[0][1]  # None where this machine's name is as good
+    assert said == [("0 3 2 6", listen, 0), ("1 3 2 6", listen, 0), ("2 3 1 6", listen, 0)]
     assert not file.parent.exists(), "what is of no use any more"
+
+
+@pytest.fixture
+def wires():
+    """Two network namespaces with a wire between them: the command to enter each, and its end of the wire."""
+    names = [f"w{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip(
+            "-n",
+            names[0],
+            "link",
+            "add",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            names[1],
+            "netns",
+            names[1],
+        )
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [(("ip", "netns", "exec", name), name) for name in names]
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root and network namespaces: {error}")
+    finally:
+        for name in names:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(_is_found(), reason="the name of this machine leads to it, as it should")
+def test_nodes_that_know_themselves_as_the_loopback_listen_where_they_have_met(tmp_path, wires):
+    tasks = [start(tmp_path, rank, [1, 1], within=within) for rank, (within, _) in enumerate(wires)]
+    said = [(*out.splitlines()[-2:], code) for out, _, code in ends(tasks)]
+    assert said == [("0 2 1 3", wires[0][1], 0), ("1 2 1 3", wires[1][1], 0)]
 
 
 def test_who_did_not_come_is_named_with_host_and_port(tmp_path):
@@ -137,7 +189,3 @@ def test_a_patience_that_is_no_number_is_a_sentence(monkeypatch, said):
     monkeypatch.setenv("MEDLEY_RENDEZVOUS_SECONDS", said)
     with pytest.raises(UserError, match="MEDLEY_RENDEZVOUS_SECONDS is"):
         Wait.of_environment(lambda: False)
-
-
-def test_the_loopback_is_no_address_of_a_machine():
-    assert not [address for address in addresses() if address.startswith("127.")]

@@ -19,6 +19,7 @@ from pretrain.curriculum import Curriculum
 from pretrain.plan.gpus import GB, gpu_called
 from pretrain.plan.inputs import without_data
 from pretrain.plan.leg import Paperwork
+from pretrain.plan.paper import pretended
 from pretrain.plan.wanted import Wanted, stand_in
 from pretrain.recipes import clip
 from pretrain.tables import table
@@ -72,7 +73,8 @@ def compare(name: str) -> Outcome:
     work = Paperwork(
         run=stand_in(run), wanted=Wanted(gpus=there.gpus, gpu=GPU), tokenizer=tokenizer, inputs=inputs
     )
-    found = work.step(Curriculum(run.stages).stretches[0])
+    with pretended(there.gpus):
+        found = work.step(Curriculum(run.stages).stretches[0])
     own, again = found.flops["forward"] + found.flops["backward"], found.flops.get("again", 0)
     peak = gpu_called(GPU).flops * there.hours * 3600 / stage.steps
     return Outcome(own * there.gpus / there.batch / 1e9, found.peak / GB, own / peak, (own + again) / peak)

@@ -15,7 +15,7 @@ from pretrain.curriculum import Stretch
 from pretrain.elastic import check_ranks
 from pretrain.plan.gpus import ROOM, gpu_called
 from pretrain.plan.inputs import Input, feeding, micro_batches
-from pretrain.plan.trial import Found, Setting, attempt
+from pretrain.plan.trial import Found, Setting, Trial
 from pretrain.plan.wanted import Wanted
 
 _TRIED = 3
@@ -63,13 +63,14 @@ class Leg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paperwork:
-    """What all legs of a plan have in common."""
+    """What all legs of a plan have in common. They are tried inside one `pretended`."""
 
     run: Run
     wanted: Wanted
     tokenizer: Tokenizer
     inputs: Sequence[Input]
     _known: dict[tuple[int, Parallel, int, int], Found] = field(default_factory=dict)
+    _trials: dict[tuple[str, Parallel], Trial] = field(default_factory=dict)
 
     def leg(self, stretch: Stretch) -> Leg:
         """Try a step of a stretch in all the ways that the plan tells of.
@@ -178,25 +179,30 @@ class Paperwork:
         return self._known[at]
 
     def _try(self, stretch: Stretch, parallel: Parallel, each: int, pieces: int) -> Found:
-        wanted, run = self.wanted, self.run
         samples = _rounded(self._shares(stretch), each)
-        setting = Setting(
-            run=run,
-            stage=stretch.name,
-            resolution=stretch.resolution,
-            tokenizer=self.tokenizer,
-            feeds=feeding(run, stretch.name),
-            world=wanted.gpus,
-            per_node=wanted.gpus_per_node,
-            parallel=parallel,
-            kind="cuda",
-            bf16=run.precision.autocast != "off",
-        )
-        return attempt(
-            setting,
+        at = stretch.name, parallel
+        if at not in self._trials:
+            self._trials[at] = self._trial(stretch.name, parallel)
+        return self._trials[at].step(
             lambda paper: micro_batches(
                 paper, self.inputs, samples, pieces=pieces, resolution=stretch.resolution
             ),
+        )
+
+    def _trial(self, stage: str, parallel: Parallel) -> Trial:
+        wanted, run = self.wanted, self.run
+        return Trial(
+            Setting(
+                run=run,
+                stage=stage,
+                tokenizer=self.tokenizer,
+                feeds=feeding(run, stage),
+                world=wanted.gpus,
+                per_node=wanted.gpus_per_node,
+                parallel=parallel,
+                kind="cuda",
+                bf16=run.precision.autocast != "off",
+            )
         )
 
     def _shares(self, stretch: Stretch) -> dict[str, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter as Sums
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from pretrain.precision import Compute, keep_in_bf16
 from pretrain.pretrainer import Pretrainer
 from pretrain.step import Setup, agree, backward
 from pretrain.zoo.head import VocabularyHead
+from pretrain.zoo.towers import Encoded
 
 Make = Callable[[Paper], Sequence[Batch]]
 """A rank's micro-batches of a step."""
@@ -39,11 +40,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a step is tried with."""
+    """What steps are tried with."""
 
     run: Run
     stage: str
-    resolution: int
     tokenizer: Tokenizer
     feeds: Mapping[str, Sequence[str]]
     """Of each source, the objectives that see it."""
@@ -69,7 +69,7 @@ class Found:
     parts: Mapping[str, tuple[int, int]]
     """Parameters of the whole model, and those of them that train, by part."""
     image_tokens: int
-    """Of one image."""
+    """Of one image; 0 where none is read."""
     kept: Mapping[str, int]
     """Bytes of the whole model's `weights`, `moments` and moving `average`, as a checkpoint has them."""
 
@@ -79,53 +79,72 @@ class Found:
         return sum(self.bytes.values())
 
 
-def attempt(setting: Setting, make: Make) -> Found:
-    """Build the model on paper, spread it, and run one step.
+class Trial:
+    """A model on paper, built and spread once, of which steps are run. It lives inside one `pretended`."""
 
-    Raises:
-        UserError: the model cannot be built, or not on paper.
-    """
-    world, held, paper = setting.world, Held(), Paper()
-    stage = setting.run.stages[setting.stage]
-    with ExitStack() as stack:
-        group = stack.enter_context(pretended(world))
-        for each in (as_on(setting.kind), paper, held):
-            stack.enter_context(each)
-        ranks = Ranks(rank=0, world=world, device=_CPU, group=group, local=min(world, setting.per_node))
-        with held.making("weights"):
-            pretrainer = build_pretrainer(
-                setting.run, setting.tokenizer, ranks, load=False, feeds=setting.feeds
-            )
-            paper.rewrite(pretrainer)
-            multipliers = train_only(pretrainer, setting.run, setting.stage)
-            if setting.run.precision.parameters == "bf16":
-                keep_in_bf16(pretrainer)
-        parts, whole = by_part(pretrainer), _bytes(pretrainer.parameters())
-        with torch.no_grad():
-            image = paper.size(1, 3, setting.resolution, setting.resolution, dtype=torch.uint8)
-            image_tokens = pretrainer.model.encode_image(image)["image_tokens"].shape[1]
-        wrapped = _spread(setting, pretrainer, ranks, held)
-        optimizer = build_optimizer(pretrainer, stage.optim, multipliers)
-        _warm(pretrainer, optimizer, held)
-        with held.making("average"):
-            average = [each.clone() for each in _locals(pretrainer, trained=True)] if stage.ema else []
-        shards = _bytes(_locals(pretrainer))
-        moments, copies = (round(held.by[kept] * whole / shards) for kept in ("moments", "average"))
-        _watch(pretrainer, held)
-        seen = _Sent(held, setting.per_node, parallel=setting.parallel)
-        paper.collective = seen
-        held.forget_peak()
-        counter = _step(setting, wrapped, optimizer, make(paper), held)
-        paper.collective = lambda _: None
-        del average
+    def __init__(self, setting: Setting) -> None:
+        """Build it, and let the optimizer make what it keeps.
+
+        Raises:
+            UserError: the model cannot be built, or not on paper.
+        """
+        self._setting, self._held, self._paper = setting, Held(), Paper()
+        run, held = setting.run, self._held
+        stage = run.stages[setting.stage]
+        with self._on_paper() as group:
+            local = min(setting.world, setting.per_node)
+            ranks = Ranks(rank=0, world=setting.world, device=_CPU, group=group, local=local)
+            with held.making("weights"):
+                pretrainer = build_pretrainer(run, setting.tokenizer, ranks, load=False, feeds=setting.feeds)
+                self._paper.rewrite(pretrainer)
+                multipliers = train_only(pretrainer, run, setting.stage)
+                if run.precision.parameters == "bf16":
+                    keep_in_bf16(pretrainer)
+            self._parts, whole = by_part(pretrainer), _bytes(pretrainer.parameters())
+            self._wrapped = _spread(setting, pretrainer, ranks, held)
+            self._optimizer = build_optimizer(pretrainer, stage.optim, multipliers)
+            _warm(pretrainer, self._optimizer, held)
+            with held.making("average"):
+                self._average = [each.clone() for each in _locals(pretrainer, trained=True) if stage.ema]
+            shards = _bytes(_locals(pretrainer))
+            moments, copies = (round(held.by[kept] * whole / shards) for kept in ("moments", "average"))
+            self._kept = {"weights": whole, "moments": moments, "average": copies}
+            _watch(pretrainer, held)
+            self._image_tokens = 0
+            pretrainer.model.image.register_forward_hook(self._see)
+            self._counter = Counter()
+            self._counter.watch_again(pretrainer)
+
+    def step(self, make: Make) -> Found:
+        """One step over these micro-batches.
+
+        Raises:
+            UserError: it cannot be run on paper.
+        """
+        setting, held = self._setting, self._held
+        with self._on_paper():
+            self._paper.collective = seen = _Sent(held, setting.per_node, parallel=setting.parallel)
+            self._counter.counts.clear()
+            held.forget_peak()
+            _step(setting, self._wrapped, self._optimizer, make(self._paper), held, self._counter)
+            self._paper.collective = lambda _: None
+            self._optimizer.zero_grad(set_to_none=True)
         return Found(
-            flops=dict(counter.counts),
+            flops=dict(self._counter.counts),
             bytes={cause: size for cause, size in held.at_peak.items() if size},
             sent=dict(seen.bytes),
-            parts=parts,
-            image_tokens=image_tokens,
-            kept={"weights": whole, "moments": moments, "average": copies},
+            parts=self._parts,
+            image_tokens=self._image_tokens,
+            kept=self._kept,
         )
+
+    def _see(self, _: nn.Module, __: Any, encoded: Encoded) -> None:
+        self._image_tokens = encoded.tokens.shape[1]
+
+    @contextmanager
+    def _on_paper(self) -> Generator[dist.ProcessGroup | None]:
+        with pretended(self._setting.world) as group, as_on(self._setting.kind), self._paper, self._held:
+            yield group
 
 
 def _spread(setting: Setting, pretrainer: Pretrainer, ranks: Ranks, held: Held) -> Wrapped:
@@ -233,9 +252,8 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     held: Held,
-) -> Counter:
-    counter = Counter()
-    counter.watch_again(wrapped.pretrainer)
+    counter: Counter,
+) -> None:
     compute = Compute(device=_CPU, bf16=setting.bf16)
     setup = Setup(
         wrapped=wrapped, compute=compute, pool=setting.run.pool, watch=lambda part: counting(counter, part)
@@ -250,7 +268,6 @@ def _step(
         norms = gradient_norms(wrapped.pretrainer)
         clip(wrapped.pretrainer, norms.whole, largest=setting.run.stages[setting.stage].optim.clip)
         optimizer.step()
-    return counter
 
 
 def _locals(module: nn.Module, *, trained: bool = False) -> list[Tensor]:

@@ -127,3 +127,11 @@ def test_more_micro_batches_follow_from_two_and_three():
         )
 
     assert _further(found(2), found(3), 9) == found(9)
+
+
+def test_parameters_that_are_kept_in_bf16_take_half(capsys):
+    arguments = ["--recipe", "stages:small", *TINY, "--gpus", "1", "--pairs", "1e5", "--stage", "one"]
+    whole = planned(capsys, *arguments)["GB"]
+    assert float(planned(capsys, *arguments, "--precision.parameters", "bf16")["GB"][0]) == pytest.approx(
+        float(whole[0]) / 2, rel=0.05
+    )

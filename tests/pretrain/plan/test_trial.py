@@ -17,9 +17,9 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import Spread, wrap
 from pretrain.plan.inputs import Input, feeding, micro_batches
 from pretrain.plan.leg import Parallel
-from pretrain.plan.paper import Paper
+from pretrain.plan.paper import Paper, pretended
 from pretrain.plan.tokens import Sizes
-from pretrain.plan.trial import Found, Setting, attempt
+from pretrain.plan.trial import Found, Setting, Trial
 from pretrain.precision import Compute
 from pretrain.step import Setup, agree, backward
 
@@ -58,7 +58,6 @@ def on_paper(
     setting = Setting(
         run=run,
         stage="one",
-        resolution=32,
         tokenizer=SIZES,
         feeds=feeding(run, "one"),
         world=world,
@@ -67,7 +66,8 @@ def on_paper(
         kind="cpu",
         bf16=bf16,
     )
-    return attempt(setting, lambda paper: batches_of(paper, samples, pieces))
+    with pretended(world):
+        return Trial(setting).step(lambda paper: batches_of(paper, samples, pieces))
 
 
 def measured(

@@ -12,7 +12,6 @@ from datasets.tokens import Tokenizer
 from datasets.weights import weight_at, weights_in
 from pretrain.config import Run
 from pretrain.curriculum import Stretch
-from pretrain.elastic import check_ranks
 from pretrain.plan.gpus import ROOM, gpu_called
 from pretrain.plan.inputs import Input, feeding, micro_batches
 from pretrain.plan.trial import Found, Setting, Trial
@@ -117,9 +116,12 @@ class Paperwork:
     def _pieces(self, stretch: Stretch) -> int:
         """Micro-batches of a rank."""
         gpus, lanes = self.wanted.gpus, self.run.shuffle.lanes
-        if self.run.deterministic == "elastic":
-            check_ranks(lanes, gpus)
-        elif len(self.inputs) > 1 and lanes % gpus:
+        if self.run.deterministic == "elastic" and gpus > 1:
+            raise UserError(
+                "--plan has no numbers, and ranks of --deterministic elastic send theirs piece by piece: leave "
+                "that out, or plan for --gpus 1"
+            )
+        if len(self.inputs) > 1 and lanes % gpus:
             raise UserError(
                 f"--gpus {gpus} do not divide --shuffle.lanes {lanes}, in parts of which sources are mixed: "
                 "choose as many lanes as GPUs, or a multiple"
@@ -131,7 +133,7 @@ class Paperwork:
                 f"take a batch of {near}"
             )
         own = stretch.batch // gpus
-        pieces = lanes // gpus if self.run.deterministic == "elastic" else stretch.micro_batches
+        pieces = lanes if self.run.deterministic == "elastic" else stretch.micro_batches
         if own % pieces:
             raise UserError(
                 f"--stages.{stretch.name}.micro-batches {pieces} do not divide the {own} samples that each "

@@ -99,7 +99,7 @@ def test_only_the_stage_that_is_named_is_planned_and_sending_holds_it_up(capsys)
         (["--recipe", "clip", "--pairs", "4e8", "--stages.one.micro-batches", "3"], "micro-batches 3"),
         (["--recipe", "clip", "--pairs", "many"], "--pairs many is not a number"),
         (["--recipe", "clip", "--pairs", "4e8", "--utilisation", "30"], "a share"),
-        (["--recipe", "laptop", "--deterministic", "elastic", "--gpus", "24"], "24"),
+        (["--recipe", "laptop", "--deterministic", "elastic", "--gpus", "4"], "plan for --gpus 1"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_sentence(capsys, arguments, words):

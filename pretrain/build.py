@@ -27,7 +27,7 @@ from pretrain.distributed import Ranks
 from pretrain.precision import choose_attention
 from pretrain.pretrainer import Pretrainer
 from pretrain.rundir import RunDir
-from pretrain.trainable import check_named, set_trainable
+from pretrain.trainable import set_trainable
 from pretrain.zoo.dual import Dual
 from pretrain.zoo.models import DualConfig, build_model, own_tokenizer
 from pretrain.zoo.vision import fitting
@@ -321,11 +321,8 @@ def train_only(pretrainer: Pretrainer, run: Run, stage: str) -> dict[str, float]
     heads, so that a checkpoint holds the same in every stage.
 
     Raises:
-        UserError: a pattern of any stage matches nothing, or one of this stage nothing that trains, or they
-            freeze all that does.
+        UserError: a pattern of the stage matches nothing, or nothing that trains, or they freeze all of it.
     """
-    for name, each in run.stages.items():  # before days of training lead up to it
-        check_named(pretrainer, each.trainable, flag=f"--stages.{name}.trainable")
     fed = {name: pretrainer.objectives[name] for name in pretrainer.fed()}
     read = read_by(pretrainer.model, fed)
     for tower in get_args(Tower):
@@ -335,3 +332,28 @@ def train_only(pretrainer: Pretrainer, run: Run, stage: str) -> dict[str, float]
         if name not in fed:
             objective.requires_grad_(False)
     return set_trainable(pretrainer, run.stages[stage].trainable, flag=f"--stages.{stage}.trainable")
+
+
+def trained_in(
+    pretrainer: Pretrainer, run: Run, feeds: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, int]:
+    """How many parameters train in each stage; what trains now is left as it was.
+
+    Args:
+        pretrainer: with all objectives of the run.
+        run: the run.
+        feeds: of each stage and source, the objectives that see its batches.
+
+    Raises:
+        UserError: what a stage says of its parameters does not fit them: known before days of training lead
+            up to it.
+    """
+    flags = {each: each.requires_grad for each in pretrainer.parameters()}
+    trained: dict[str, int] = {}
+    for name in run.stages:
+        here = Pretrainer(pretrainer.model, pretrainer.objectives, pretrainer.group, feeds=feeds[name])
+        train_only(here, run, name)
+        trained[name] = sum(each.numel() for each in flags if each.requires_grad)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return trained

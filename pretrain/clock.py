@@ -140,7 +140,7 @@ class Clock:
         self._marks.append(_Mark(seconds, self._waited, self._cold, self._marks[-1].samples + samples))
 
     def _begins(self, doing: str) -> None:
-        """Tell whoever watches. The first step after everything was built may take as long as it likes."""
+        """Tell whoever watches. The first step after everything was built has more time."""
         if self._watch is not None:
             self._watch.mark(doing, timed=self._warm)
 

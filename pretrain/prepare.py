@@ -14,7 +14,7 @@ import torch
 
 from pretrain import checkpoint, runfile
 from pretrain.bottleneck import Setting, cache_warnings
-from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, train_only
+from pretrain.build import build_pretrainer, build_tokenizer, feeds_in, train_only, trained_in
 from pretrain.cli import Command
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum
@@ -82,6 +82,7 @@ def build(
     compute = compute_for(run.precision, ranks.device)
     tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=say)
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
+    trained_in(pretrainer, run, data.objectives)
     wrapped, optimizer, ema = _to_train(run, stage, pretrainer, ranks, compute)
     kind = run.stages[stage].optim.kind
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint, optimizer=kind)

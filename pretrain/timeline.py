@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.build import train_only
+from pretrain.build import trained_in
 from pretrain.config import Run
 from pretrain.curriculum import Curriculum, Stretch
 from pretrain.pretrainer import Pretrainer
@@ -66,14 +66,7 @@ def rows_of(
         feeds: of each stage and source, the objectives that see its batches.
         text_tokens: of the texts of a sample, on average.
     """
-    flags = {each: each.requires_grad for each in pretrainer.parameters()}
-    trained: dict[str, int] = {}
-    for name in run.stages:
-        here = Pretrainer(pretrainer.model, pretrainer.objectives, pretrainer.group, feeds=feeds[name])
-        train_only(here, run, name)
-        trained[name] = sum(each.numel() for each in flags if each.requires_grad)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    trained = trained_in(pretrainer, run, feeds)
     sides = {each.resolution for each in curriculum.stretches}
     patches = {side: _image_tokens(pretrainer, side) for side in sides}
     return [
@@ -84,7 +77,7 @@ def rows_of(
             image_tokens=patches[each.resolution],
             text_tokens=text_tokens,
             trained=trained[each.name],
-            parameters=sum(parameter.numel() for parameter in flags),
+            parameters=sum(each.numel() for each in pretrainer.parameters()),
         )
         for each in curriculum.stretches
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -23,18 +23,6 @@ def check_trainable(patterns: Mapping[str, float], flag: str) -> None:
     for pattern, multiplier in patterns.items():
         if not 0 <= multiplier < math.inf:
             raise UserError(f"{flag} {pattern!r} is {multiplier}; it must be at least 0, which freezes")
-
-
-def check_named(module: nn.Module, patterns: Iterable[str], *, flag: str) -> None:
-    """Refuse patterns that match no parameter of a module.
-
-    Raises:
-        UserError: names the flag, the pattern, and what may have been meant.
-    """
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
-            raise UserError(f"{flag} {pattern!r} matches no parameter: {_hint(pattern, names)}")
 
 
 def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str) -> dict[str, float]:
@@ -59,13 +47,15 @@ def set_trainable(module: nn.Module, patterns: Mapping[str, float], *, flag: str
     check_trainable(patterns, flag)
     named = list(module.named_parameters(remove_duplicate=False))
     chosen: dict[int, float] = {}
-    check_named(module, patterns, flag=flag)
     for pattern, multiplier in patterns.items():
         matched = [parameter for name, parameter in named if _matches(name, pattern)]
+        if not matched:
+            hint = _hint(pattern, [name for name, _ in named])
+            raise UserError(f"{flag} {pattern!r} matches no parameter: {hint}")
         if multiplier and not any(parameter.requires_grad for parameter in matched):
             raise UserError(
-                f"{flag} {pattern!r} is {multiplier:g} for what does not train, since no objective of this "
-                "stage reads it: leave the pattern out, or add an objective that does"
+                f"{flag} {pattern!r} is {multiplier:g} for what does not train in this stage, as no "
+                "objective of it reads that, or its maker froze it: leave the pattern out"
             )
         chosen |= dict.fromkeys(map(id, matched), multiplier)
     for parameter in module.parameters():

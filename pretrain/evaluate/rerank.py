@@ -162,6 +162,9 @@ def _logits(
             first, last = torch.searchsorted(pairs, torch.tensor([start, stop]) * right.different).tolist()
             image_tokens = judge.image_tokens(examined.batch)[kept.to(judge.compute.device)]
             for some in pairs[first:last].split(_PAIRS):
+                if judge.asked():
+                    mine.stopped = True
+                    break
                 mine.parts.append(_of_some(judge, seen, right, some, image_tokens, start=start))
     except (OSError, UserError) as error:  # for every rank to know, or the others would wait for this one
         mine.fault = f"{source.name} cannot be read again: {error}"

@@ -118,8 +118,8 @@ class Paperwork:
         gpus, lanes = self.wanted.gpus, self.run.shuffle.lanes
         if self.run.deterministic == "elastic" and gpus > 1:
             raise UserError(
-                "--plan has no numbers, and ranks of --deterministic elastic send theirs piece by piece: leave "
-                "that out, or plan for --gpus 1"
+                "--plan has no numbers, and ranks of --deterministic elastic send theirs piece by piece: "
+                "leave that out, or plan for --gpus 1"
             )
         if len(self.inputs) > 1 and lanes % gpus:
             raise UserError(

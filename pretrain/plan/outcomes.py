@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from pretrain.memory import place_of
+
 _CPU = torch.device("cpu")
 _UNKNOWN = object()
 
@@ -47,7 +49,8 @@ class Outcomes:
                 do not say it.
         """
         tensors: list[Tensor] = []
-        call = func, _signature(args, tensors), _signature(tuple(kwargs.items()), tensors)
+        given = _signature(args, tensors), _signature(tuple(kwargs.items()), tensors)
+        call = func, *given, torch.get_default_dtype()
         try:
             known = self._known.get(call, _UNKNOWN)
         except TypeError:  # an argument that cannot be looked up
@@ -82,7 +85,8 @@ def _signature(value: Any, tensors: list[Tensor]) -> Hashable:
     """What of an argument decides what is made; its tensors are added to the others."""
     if isinstance(value, FakeTensor):
         tensors.append(value)
-        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.constant is None
+        constant = value.constant is not None
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device, constant
     if isinstance(value, list | tuple):
         return tuple([_signature(each, tensors) for each in value])
     if isinstance(value, Tensor):
@@ -94,7 +98,7 @@ def _follows(func: Any, tensors: Sequence[Tensor]) -> bool:
     """Whether shapes say all: nothing that is made depends on what is there beside them."""
     return (
         torch.Tag.inplace_view not in func.tags
-        and all(isinstance(each, FakeTensor) for each in tensors)
+        and all(isinstance(each, FakeTensor) and each.constant is None for each in tensors)
         and len({id(each) for each in tensors}) == len(tensors)
     )
 
@@ -105,13 +109,21 @@ def _described(made: Any, tensors: Sequence[Tensor]) -> Any:
         return None
     if isinstance(made, list | tuple):
         each = [_described(one, tensors) for one in made]
-        return _UNKNOWN if _UNKNOWN in each else type(made)(each)
+        new = [place_of(one) for one, found in zip(made, each, strict=True) if _is_new(found)]
+        return _UNKNOWN if _UNKNOWN in each or len(set(new)) < len(new) else type(made)(each)
     if not isinstance(made, FakeTensor) or made.constant is not None or made.fake_device != _CPU:
         return _UNKNOWN
-    place = made.untyped_storage()._cdata
-    of = [at for at, each in enumerate(tensors) if each.untyped_storage()._cdata == place]
+    of = [at for at, each in enumerate(tensors) if place_of(each) == place_of(made)]
     same = [at for at, each in enumerate(tensors) if each is made]
     if len(of) > 1 and not same:
         return _UNKNOWN
+    if not of:  # made again it has no more than its shape needs
+        least = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
+        if made.storage_offset() or made.untyped_storage().nbytes() != least.untyped_storage().nbytes():
+            return _UNKNOWN
     at = (same or of or [None])[0]
     return _Made(made.shape, made.stride(), int(made.storage_offset()), made.dtype, at, bool(same))
+
+
+def _is_new(found: Any) -> bool:
+    return isinstance(found, _Made) and found.of is None

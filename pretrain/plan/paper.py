@@ -233,6 +233,7 @@ def pretended(world: int) -> Generator[dist.ProcessGroup | None]:
     if known is not None:
         if dist.get_backend(known) != "fake":
             raise UserError("--plan is for one process: start it without torchrun")
+        assert known.size() == world
         yield known
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)

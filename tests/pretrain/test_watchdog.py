@@ -4,12 +4,17 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from datasets.errors import UserError
 from pretrain import fencing
 from pretrain.clock import Clock
+from pretrain.config import Eval
+from pretrain.evaluate import during
+from pretrain.testing import untrained_judge
 from pretrain.watchdog import FENCED, HUNG, Beat, Patience, Watchdog
 
 LEAST = 0.6
@@ -232,7 +237,18 @@ def test_a_patience_that_is_no_time_is_refused(least):
         Patience(most=least).check()
 
 
-def test_what_is_no_step_has_no_less_time_than_a_step():
-    Patience(least=60.0, most=60.0).check()
-    with pytest.raises(UserError, match=r"--watchdog[.]most 60 is less than a step may take: .* 90 s"):
-        Patience(least=90.0, most=60.0).check()
+def test_each_batch_of_an_evaluation_is_a_sign_that_it_goes_on():
+    """And is asked whether to stop."""
+    judge, moves = untrained_judge(), []
+    watch: Any = SimpleNamespace(moved=lambda: moves.append(None), mark=lambda *_, **__: None)
+    training: Any = SimpleNamespace(
+        pretrainer=SimpleNamespace(model=judge.model, objectives={}),
+        tokenizer=judge.tokenizer,
+        setup=SimpleNamespace(compute=judge.compute),
+        run=SimpleNamespace(eval=Eval(batch=8)),
+        clock=Clock(watch=watch),
+        asked=lambda: len(moves) == 2,
+    )
+    asked = during.judge_of(training).asked
+    assert [asked(), asked()] == [False, True]
+    assert len(moves) == 2

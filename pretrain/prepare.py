@@ -82,8 +82,7 @@ def build(
     compute = compute_for(run.precision, ranks.device)
     tokenizer = build_tokenizer(run, data.feeds, rundir, ranks, say=say)
     pretrainer = build_pretrainer(run, tokenizer, ranks, load=found is None, feeds=data.objectives[stage])
-    trained_in(pretrainer, run, data.objectives)
-    wrapped, optimizer, ema = _to_train(run, stage, pretrainer, ranks, compute)
+    wrapped, optimizer, ema = _to_train(run, stage, pretrainer, data, ranks, compute)
     kind = run.stages[stage].optim.kind
     standing = Standing(data=known(data.feeds), tokenizer=tokenizer.fingerprint, optimizer=kind)
     if found is not None:
@@ -127,9 +126,10 @@ def build(
 
 
 def _to_train(
-    run: Run, stage: str, pretrainer: Pretrainer, ranks: Ranks, compute: Compute
+    run: Run, stage: str, pretrainer: Pretrainer, data: Data, ranks: Ranks, compute: Compute
 ) -> tuple[Wrapped, torch.optim.Optimizer, Ema | None]:
     """What the steps of a stage work with, in the order of `pretrain.parallel`."""
+    trained_in(pretrainer, run, data.objectives)
     multipliers = train_only(pretrainer, run, stage)
     lanes = run.shuffle.lanes if run.deterministic == "elastic" else None
     if lanes is not None:

@@ -114,14 +114,14 @@ def check(path: Path) -> None:
                 )
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, *, lasting: bool = True) -> None:
     """`datasets.atomic.replace`, for what lies in a run directory.
 
     Raises:
         FencedError: see `check`.
     """
     check(path)
-    atomic.replace(path, content)
+    atomic.replace(path, content, lasting=lasting)
 
 
 class Records(io.FileIO):

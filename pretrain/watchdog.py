@@ -199,10 +199,9 @@ class Watchdog:
             stage=self._stage,
         )
         path = self._file(self._rank)
-        fencing.check(path)
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(asdict(beat)))
+            fencing.replace(path, json.dumps(asdict(beat)).encode(), lasting=False)
         except OSError:  # a full disk stops no training; nobody is judged by what cannot be written
             self._seen.clear()
             return False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets.atomic import replace
 from pretrain.attempts import Event, note, read_attempts
 from pretrain.supervise import Supervisor, main, newest_step, run_directory
 
@@ -23,6 +24,11 @@ number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text("x" * (number + 1))
 what = sys.argv[2].split(",")
 what = what[min(number, len(what) - 1)]
+
+def ready():
+    (out / "ready.tmp").write_text(str(os.getpid()))
+    (out / "ready.tmp").rename(out / "ready")
+
 if what.startswith("save"):
     (out / "checkpoints" / f"step-{number + 1:08d}").mkdir(parents=True)
     what = what[4:]
@@ -30,11 +36,12 @@ if what == "wait":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
-    (out / "ready").write_text(str(os.getpid()))
+    ready()
     time.sleep(60)
 elif what.startswith("late"):
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    ready()
     end = time.monotonic() + 5
     while not stop and time.monotonic() < end:
         time.sleep(0.01)
@@ -95,10 +102,18 @@ class Supervised:
         _, said = self._process.communicate(timeout=60)
         return self._process.returncode, said
 
-    def signal_when_ready(self, number: int) -> int:
-        """Once the command waits; the process of the command."""
+    def wait_until_ready(self) -> None:
         while not (self.out / "ready").exists():
             time.sleep(0.01)
+
+    def limit_when_ready(self, left: str) -> None:
+        """Once the command waits, the job's time left is this."""
+        self.wait_until_ready()
+        replace(self._slurm / "left", left.encode())
+
+    def signal_when_ready(self, number: int) -> int:
+        """Once the command waits; the process of the command."""
+        self.wait_until_ready()
         child = int((self.out / "ready").read_text())
         os.kill(self.pid, number)
         return child
@@ -228,7 +243,8 @@ def test_a_job_comes_back_that_saved_after_its_time_limit(tmp_path):
 def test_a_job_that_still_saves_shortly_before_its_limit_is_requeued_once(tmp_path, code):
     """Slurm then ends what is left of it, whatever comes of that."""
     (tmp_path / "run" / "checkpoints" / "step-00000040").mkdir(parents=True)
-    run = Supervised(tmp_path, f"late{code}", job="7", left="0:15")
+    run = Supervised(tmp_path, f"late{code}", job="7", left="0:16")
+    run.limit_when_ready("0:15")
     ended, said = run.ended()
     assert ended == 75
     assert "the time limit of job 7 comes within 15 s and its last save is not done: unless that ends" in said
@@ -246,7 +262,8 @@ def test_a_limit_that_is_far_or_moves_away_ends_nothing(tmp_path):
 
 def test_a_job_that_may_not_come_back_saves_until_its_limit_all_the_same(tmp_path):
     refused = "show JobState=RUNNING Requeue=0 BatchFlag=1\n"
-    run = Supervised(tmp_path, "late75", job="7", left="0:05", behaviour=refused * 2)
+    run = Supervised(tmp_path, "late75", job="7", left="0:16", behaviour=refused * 2)
+    run.limit_when_ready("0:05")
     ended, said = run.ended()
     assert ended == 75
     assert said.count("may not be requeued: submit it with --requeue") == 2

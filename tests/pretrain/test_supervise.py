@@ -16,47 +16,6 @@ from pretrain.supervise import Supervisor, main, newest_step, run_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = Path(__file__).resolve().parent / "fakes"
-CHILD = """
-import os, signal, sys, time, pathlib
-out = pathlib.Path(sys.argv[1])
-starts = out / "count"
-number = len(starts.read_text()) if starts.exists() else 0
-starts.write_text("x" * (number + 1))
-what = sys.argv[2].split(",")
-what = what[min(number, len(what) - 1)]
-
-def ready():
-    (out / "ready.tmp").write_text(str(os.getpid()))
-    (out / "ready.tmp").rename(out / "ready")
-
-if what.startswith("save"):
-    (out / "checkpoints" / f"step-{number + 1:08d}").mkdir(parents=True)
-    what = what[4:]
-if what == "wait":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
-    ready()
-    time.sleep(60)
-elif what.startswith("late"):
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    ready()
-    end = time.monotonic() + 5
-    while not stop and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(1)
-    what = what[4:]
-elif what == "seal":
-    (out / "attempts.jsonl").unlink()
-    (out / "attempts.jsonl").mkdir()
-    what = "5" if number == 0 else "7"
-elif what == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
-elif what == "term":
-    os.kill(os.getpid(), signal.SIGTERM)
-sys.exit(int(what))
-"""
 
 
 class Supervised:
@@ -86,7 +45,7 @@ class Supervised:
             **({"SLURM_JOB_ID": job, "FAKE_KILLS": "1"} if job else {}),
             **more,
         }
-        command = [sys.executable, "-c", CHILD, str(self.out), what, "--out", str(self.out)]
+        command = [sys.executable, str(FAKES / "child.py"), str(self.out), what, "--out", str(self.out)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pretrain.supervise", "--", *command],
             cwd=ROOT,
@@ -99,7 +58,7 @@ class Supervised:
 
     def ended(self) -> tuple[int, str]:
         """Its exit code and what it said."""
-        _, said = self._process.communicate(timeout=60)
+        _, said = self._process.communicate(timeout=300)
         return self._process.returncode, said
 
     def wait_until_ready(self) -> None:
@@ -255,7 +214,7 @@ def test_a_job_that_still_saves_shortly_before_its_limit_is_requeued_once(tmp_pa
 
 
 def test_a_limit_that_is_far_or_moves_away_ends_nothing(tmp_path):
-    run = Supervised(tmp_path, "late0", job="7", left="0:16")
+    run = Supervised(tmp_path, "slow0", job="7", left="0:16")
     assert run.ended() == (0, "")
     assert run.calls == []
 

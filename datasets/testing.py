@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import socket
 import struct
+import termios
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -169,6 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
         if misstep.then == "stall":
             self.server.faults.ended.wait()
         elif misstep.then == "reset":
+            # A reset throws away what has not left yet, of which a busy machine has some.
+            while any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))):
+                if self.server.faults.ended.wait(0.001):
+                    break
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         self.close_connection = True

@@ -82,7 +82,7 @@ def test_datasets_is_ours_and_nothing_else_is_installed():
 
 def test_libraries_that_look_for_a_package_of_that_name_still_import():
     code = "import open_clip, timm.data, transformers; from transformers import AutoModel"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
 def test_from_elsewhere_the_program_says_where_to_run_it(tmp_path):
@@ -90,7 +90,7 @@ def test_from_elsewhere_the_program_says_where_to_run_it(tmp_path):
     (tmp_path / "datasets" / "__init__.py").write_text("")
     code = f"import sys; sys.path.append({str(ROOT)!r}); import pretrain"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert "run from the repository root" in result.stderr
 

@@ -20,7 +20,7 @@ from benchmarks.learning.pairs import write_pairs
 from benchmarks.learning.recall import Examination, write_initial
 from benchmarks.learning.report import curves, plot, tables
 from benchmarks.learning.systems import Job, Settings, medley, open_clip_train
-from benchmarks.learning.watch import Training, watch
+from benchmarks.learning.watch import Training, cpu_seconds, watch
 from datasets.errors import UserError
 from pretrain.cli import parse
 from pretrain.optim import Optim
@@ -139,16 +139,14 @@ def burn():
 if len(sys.argv) > 1:
     burn()
 else:
-    subprocess.run([sys.executable, __file__, "child"])
-    Path(__file__).with_name("mark-1").touch()
-    time.sleep(0.1)
-    burn()
-    Path(__file__).with_name("mark-2").touch()
-    time.sleep(0.1)
+    for number in "12":
+        subprocess.run([sys.executable, __file__, "child"]) if number == "1" else burn()
+        Path(__file__).with_name(f"mark-{number}").touch()
+        while not Path(__file__).with_name(f"read-{number}").exists(): time.sleep(0.1)
 """
 
 
-def test_the_time_of_children_counts_and_sleep_does_not(tmp_path):
+def test_the_time_of_children_counts_and_sleep_does_not(tmp_path, monkeypatch):
     script = tmp_path / "busy.py"
     script.write_text(BUSY)
     training = Training(
@@ -157,6 +155,15 @@ def test_the_time_of_children_counts_and_sleep_does_not(tmp_path):
         names={1: "mark-1", 2: "mark-2*"},
         weights={},
     )
+    reads = iter(("read-1", "read-2"))
+
+    def said(process):
+        """Until it has been read, the program sleeps."""
+        found = cpu_seconds(process)
+        (tmp_path / next(reads)).touch()
+        return found
+
+    monkeypatch.setattr("benchmarks.learning.watch.cpu_seconds", said)
     before = time_of_children()
     seen = watch(training, environment={}, log=tmp_path / "log")
     whole = time_of_children() - before

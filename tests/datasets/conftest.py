@@ -1,6 +1,8 @@
 import io
 import random
 import tarfile
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,3 +63,29 @@ def fault_server(tmp_path, monkeypatch):
     folder.mkdir()
     with FaultServer(folder) as server:
         yield server
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Pauses between attempts take no time, and double until the deadline: in 25 s there are six of them.
+
+    The last attempt begins after 12.6 s, so that a slow machine has the others to answer in.
+    """
+
+    class Clock(threading.local):
+        now = 0.0
+
+    class Pause(threading.Event):
+        def wait(self, timeout=None):
+            clock.now += timeout or 0.0
+            return self.is_set()
+
+    clock = Clock()
+    for name, value in {
+        "fetch.monotonic": lambda: clock.now,
+        "fetch.random": SimpleNamespace(uniform=lambda _, high: high),
+        "fetch._LONGEST_PAUSE": 1000.0,
+        "fetch.Event": Pause,
+        "ranges.Event": Pause,
+    }.items():
+        monkeypatch.setattr(f"datasets.remote.{name}", value)

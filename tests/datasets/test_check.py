@@ -74,7 +74,7 @@ def test_the_command_as_a_user_runs_it(indexed, tmp_path):
     data[600] ^= 1
     indexed.write_bytes(data)
     command = [sys.executable, "-m", "datasets.check", f"{tmp_path}/d/manifest.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[:2] == [
         "checksum (1)",

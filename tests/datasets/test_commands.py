@@ -24,7 +24,7 @@ def ended(*command: str, heard: bool) -> subprocess.CompletedProcess[bytes]:
         os.close(reads)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=buffered, stdout=writes, stderr=subprocess.PIPE, timeout=60
+        [sys.executable, *command], cwd=ROOT, env=buffered, stdout=writes, stderr=subprocess.PIPE, timeout=300
     )
     os.close(writes)
     if heard:

@@ -2,8 +2,8 @@
 
 import socket
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import SimpleQueue
 from typing import Any
 
 import huggingface_hub
@@ -25,8 +25,9 @@ class Hub(ThreadingHTTPServer):
         self.files, self.status = files, status
         self.asked: list[str] = []
         self.silent = threading.Event()
-        self.slow = 0.0
-        """Seconds that the first answer takes."""
+        self.awaited = threading.Event()
+        """Until it is set there are no answers."""
+        self.awaited.set()
 
     @property
     def address(self) -> str:
@@ -44,9 +45,8 @@ class Answer(BaseHTTPRequestHandler):
         server: Any = self.server
         server.asked.append(f"{self.command} {self.path}")
         if self.path.startswith("/silent/"):
-            server.silent.wait(10)
-        time.sleep(server.slow)
-        server.slow = 0.0
+            server.silent.wait(120)
+        server.awaited.wait(120)
         path = self.path.partition("?")[0].removeprefix(f"/ours/tiny/resolve/{COMMIT}/")
         content = server.files.get(path.removeprefix("/ours/tiny/resolve/main/"))
         if server.status != 200 or content is None:
@@ -74,6 +74,8 @@ def serve(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hub, "_PATIENCE", 60.0)  # this machine may be slow, and the hub is one of its threads
+    monkeypatch.setattr(hub, "_ANSWER", 120.0)
     running = []
 
     def begin(files: dict[str, bytes] | None = None, **options: Any) -> Hub:
@@ -88,6 +90,7 @@ def serve(tmp_path, monkeypatch):
     yield begin
     for server in running:
         server.silent.set()
+        server.awaited.set()
         server.shutdown()
         server.server_close()
 
@@ -133,10 +136,21 @@ def test_a_hub_that_never_answers_is_not_waited_for(serve, monkeypatch):
 
 
 def test_a_hub_that_is_there_may_take_its_time(serve, monkeypatch):
+    """It answers when its connection stands and the answer, which has a time of its own, is waited for."""
     server = serve({"open_clip_config.json": b"{}"})
-    server.slow = 0.6
-    monkeypatch.setattr(hub, "_PATIENCE", 0.3)
+    server.awaited.clear()
+    limits = []
+
+    class Faults(SimpleQueue):
+        def get(self, block=True, timeout=None):
+            limits.append(timeout)
+            if len(limits) == 2:
+                server.awaited.set()
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(hub, "SimpleQueue", Faults)
     assert hub.fetch("ours/tiny", "open_clip_config.json", instead=INSTEAD).read_text() == "{}"
+    assert limits == [hub._PATIENCE, hub._ANSWER]
 
 
 def test_a_name_that_is_looked_up_without_end_is_not_waited_for(serve, monkeypatch):
@@ -144,7 +158,7 @@ def test_a_name_that_is_looked_up_without_end_is_not_waited_for(serve, monkeypat
     monkeypatch.setattr(hub, "_PATIENCE", 0.05)
     monkeypatch.setattr(hub, "_ANSWER", 3600.0)
     with monkeypatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(10) and [])
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(120) and [])
         assert "cannot be reached (no connection within 0.05 s)" in refused()
     found.set()
     assert server.asked == []

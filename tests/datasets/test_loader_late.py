@@ -1,5 +1,7 @@
 """A step that does not come is told of while it is waited for, and nothing else changes."""
 
+import threading
+import time
 from itertools import pairwise
 from threading import Event
 
@@ -14,6 +16,7 @@ from datasets.tokens import TrainedBPE
 
 TOKENIZER = TrainedBPE.train(["picture number 1"] * 3, vocabulary=280, context_length=16)
 FIRST = 0.01  # seconds until a step is late
+STALLED = ["sample 5"]  # and nothing else is read
 
 
 class Stalled:
@@ -26,9 +29,12 @@ class Stalled:
         self.go = Event()
         self.meter = Meter()
 
+    def doing(self):
+        return [each.what for each in self.meter.running()]
+
     def read(self, index, *, seed, resolution, augment=None, fields=()):
         with self.meter.timed("read", f"sample {index}"):
-            if index == 5 and not self.go.wait(60):
+            if index == 5 and not self.go.wait(300):
                 raise TimeoutError("never told to go on")
         return Sample(
             key=f"s/{index}", image=torch.zeros(3, resolution, resolution, dtype=torch.uint8), captions=("a",)
@@ -44,16 +50,15 @@ def test_a_late_step_is_told_of_again_after_twice_as_long_and_comes_nevertheless
     source, told = Stalled(), []
 
     def late(seconds):
-        told.append((seconds, [each.what for each in source.meter.running()]))
+        if source.doing() == STALLED:  # on a slow machine other steps are late too
+            told.append(seconds)
         if len(told) == 3:
             source.go.set()
 
     read = [portion.batches[0].keys for portion in steps(source, late)]
     assert read == [tuple(f"s/{i}" for i in range(first, first + 4)) for first in range(0, 20, 4)]
-    waits, doing = zip(*told, strict=True)
-    assert doing[0] == doing[1] == ["sample 5"]
-    assert waits[0] >= FIRST
-    assert all(later >= 2 * before for before, later in pairwise(waits))
+    assert told[0] >= FIRST
+    assert all(later >= 2 * before for before, later in pairwise(told[:3]))
 
 
 def test_nobody_is_told_where_nobody_asks():
@@ -75,8 +80,14 @@ def test_a_shard_that_is_gone_is_told_at_once_though_others_wait_for_it():
     portions = steps(source, None, batch=32)
     with pytest.raises(ShardError, match=r"00000\.tar is gone"):
         next(portions)
-    assert [each.what for each in source.meter.running()] == ["sample 5"], "in another thread"
+    until = time.monotonic() + 120
+    while source.doing() != STALLED:  # in another thread
+        assert time.monotonic() < until
+        time.sleep(0.001)
     source.go.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("reader"):
+            thread.join(60)
 
 
 def test_an_error_of_a_late_step_is_raised_as_it_was_also_a_timeout():

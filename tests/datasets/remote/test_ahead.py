@@ -1,4 +1,5 @@
 from threading import Event, Lock, get_ident
+from time import sleep
 
 from datasets.remote.ahead import Ahead
 
@@ -17,8 +18,8 @@ def test_items_are_worked_on_once_by_few_threads():
     ahead = Ahead(work, threads=3, limit=1000)
     for item in range(100):
         ahead.put(item)
-    assert finished.wait(20)
-    ahead.close(patience=5)
+    assert finished.wait(120)
+    ahead.close(patience=120)
     assert sorted(done) == list(range(100))
     assert len(threads) <= 3
     assert len(ahead) == 0
@@ -29,24 +30,24 @@ def test_what_waits_is_not_queued_again_and_what_does_not_fit_is_left_out():
 
     def work(item):
         started.set()
-        go.wait(20)
+        go.wait(120)
         done.append(item)
 
     ahead = Ahead(work, threads=1, limit=2)
     ahead.put("worked on")
-    assert started.wait(20)
+    assert started.wait(120)
     for item in ("worked on", "a", "a", "b", "c", "b"):
         ahead.put(item)
     assert len(ahead) == 3
     go.set()
     while len(ahead):
-        pass
+        sleep(0.001)
     assert done == ["worked on", "a", "b"]
     ahead.put("a")  # done is not known any more
     while len(ahead):
-        pass
+        sleep(0.001)
     assert done[3:] == ["a"]
-    ahead.close(patience=5)
+    ahead.close(patience=120)
 
 
 def test_closing_forgets_what_waits():
@@ -54,16 +55,16 @@ def test_closing_forgets_what_waits():
 
     def work(item):
         started.set()
-        go.wait(20)
+        go.wait(120)
         done.append(item)
 
     ahead = Ahead(work, threads=1, limit=10)
     for item in range(5):
         ahead.put(item)
-    assert started.wait(20)
+    assert started.wait(120)
     ahead.close(patience=0.1)
     go.set()
-    ahead.close(patience=5)
+    ahead.close(patience=120)
     ahead.put(9)
     assert done == [0]
 

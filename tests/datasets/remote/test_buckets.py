@@ -2,9 +2,10 @@
 
 import random
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from time import monotonic
 from typing import ClassVar
 
 import fsspec
@@ -19,8 +20,7 @@ from datasets.shards.manifest import Manifest
 from datasets.shards.store import Store
 
 CONTENT = random.Random(1).randbytes(300_000)
-QUICK = Remote(deadline=30.0, stall=3.0)
-SHORT = Remote(deadline=0.8, stall=0.2)
+QUICK = Remote(deadline=120.0, stall=60.0)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_shards_of_s3(bucket, tmp_path, make_shards):
     manifest = make_shards(tmp_path / "local")
     for path in (tmp_path / "local").iterdir():
         bucket.pipe(f"shards/set/{path.name}", path.read_bytes())
-    remote = Remote(folder=str(tmp_path / "cache"), deadline=30.0)
+    remote = Remote(folder=str(tmp_path / "cache"), deadline=120.0, stall=60.0)
     there = Store(Manifest.load("s3://shards/set/manifest.json"), remote=remote)
     here = Store(manifest)
     assert there.manifest.fingerprint == manifest.fingerprint
@@ -94,6 +94,7 @@ class Moody(fsspec.AbstractFileSystem):
     protocol = ("s3", "gs")
     cachable = False
     moods: ClassVar[list] = []
+    over: ClassVar[Event]
 
     def info(self, path, **_):
         return {"name": path, "size": len(CONTENT), "type": "file"}
@@ -103,7 +104,7 @@ class Moody(fsspec.AbstractFileSystem):
         if isinstance(mood, Exception):
             raise mood
         if mood == "hang":
-            Event().wait(20)
+            self.over.wait()
         return CONTENT[start:end][: mood if isinstance(mood, int) else None]
 
 
@@ -115,11 +116,21 @@ class NoCredentialsError(Exception):
 def moody(monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK", 100_000)
     monkeypatch.setattr(Moody, "moods", [])
+    monkeypatch.setattr(Moody, "over", Event(), raising=False)
     for scheme in ("s3", "gs"):
         monkeypatch.setitem(_registry, scheme, Moody)
     buckets._find.cache_clear()
     yield Moody
+    Moody.over.set()
+    for thread in threading.enumerate():  # what hung
+        if thread.name == "bucket":
+            thread.join(60)
     buckets._find.cache_clear()
+
+
+def meeting(mood):
+    """Who is slow is not taken for one that hangs, but where that is what it does."""
+    return replace(QUICK, stall=0.3) if mood == "hang" else QUICK
 
 
 @pytest.mark.parametrize(
@@ -130,19 +141,20 @@ def moody(monkeypatch):
 def test_what_passes_changes_nothing(moody, mood):
     meter = Meter()
     moody.moods[:] = [None, mood, mood]
-    remote = Remote(deadline=20.0, stall=0.3)
-    got = fetch("s3://b/a.tar", 1000, 290_000, remote=remote, meter=meter, size=len(CONTENT))
+    got = fetch("s3://b/a.tar", 1000, 290_000, remote=meeting(mood), meter=meter, size=len(CONTENT))
     assert got == CONTENT[1000:290_000]
-    assert meter.take()["retry"] == 2
+    retries = meter.take()["retry"]
+    assert retries == 2 or (mood == "hang" and retries > 2)
 
 
 @pytest.mark.parametrize("mood", [OSError("reset"), 0, "hang"], ids=["reset", "nothing", "hang"])
+@pytest.mark.usefixtures("no_pauses")
 def test_what_does_not_pass_is_given_up_in_time(moody, mood):
     moody.moods[:] = [mood] * 100
-    start = monotonic()
-    with pytest.raises(ShardError, match=r"s3://b/a.tar could not be read within 0.8 s: "):
-        fetch("s3://b/a.tar", 0, 1000, remote=SHORT)
-    assert monotonic() - start < 10
+    meter, remote = Meter(), replace(meeting(mood), deadline=25.0)
+    with pytest.raises(ShardError, match=r"s3://b/a.tar could not be read within 25 s: "):
+        fetch("s3://b/a.tar", 0, 1000, remote=remote, meter=meter)
+    assert meter.take()["retry"] == 6
 
 
 @pytest.mark.parametrize(

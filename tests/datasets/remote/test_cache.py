@@ -28,7 +28,7 @@ def names(folder):
 
 
 def bring(cache, name, content):
-    return cache.bring(name, lambda: content, whole=len(content), patience=5)
+    return cache.bring(name, lambda: content, whole=len(content), patience=60)
 
 
 def never():

@@ -148,7 +148,7 @@ def test_nothing_of_a_hostile_corpus_is_run_or_followed(corpus, mode, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(corpus / "tmp"))
     monkeypatch.setenv("TMPDIR", str(corpus))
     command = [sys.executable, "-c", WATCH, str(corpus), str(ROOT), mode]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0].isupper())
     assert lines["CODE"] == "0 30"
@@ -163,6 +163,6 @@ def test_nothing_of_a_hostile_corpus_is_run_or_followed(corpus, mode, monkeypatc
 
 def test_the_watch_sees_an_unpickled_member(corpus):
     command = [sys.executable, "-c", WATCH, str(corpus), str(ROOT), "caught"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "pickle.find_class" in done.stdout, done.stderr
     assert "'/dev/null'" in done.stdout

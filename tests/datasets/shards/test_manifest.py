@@ -295,9 +295,9 @@ def test_several_processes_index_each_shard_once(tmp_path, pack, monkeypatch):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     # One that comes when all is done has nothing else to say.
-    lines = iter(partial(said.get, timeout=5), None)
+    lines = iter(partial(said.get, timeout=120), None)
     fingerprints = list(islice((line for line in lines if len(line) == 32), len(processes)))
     assert len(set(fingerprints)) == 1
     assert len((tmp_path / "scanned").read_text().split()) == 4

@@ -43,7 +43,7 @@ class Batch:
             env={name: value for name, value in environment.items() if value},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
         )
 
     @property
@@ -183,6 +183,6 @@ def test_shellcheck_finds_nothing():
         pytest.skip("no shellcheck on this machine: apt-get install shellcheck")
     scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci" / "run"]
     command = ["shellcheck", "--external-sources", *map(str, scripts)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == ""
     assert done.returncode == 0

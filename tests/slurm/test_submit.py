@@ -26,18 +26,22 @@ STANDIN = """
 import json, os, pathlib, signal, sys, time
 
 given = sys.argv[1:]
+waits = "--seed" in given and given[given.index("--seed") + 1] == "60"
+if waits:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 out = pathlib.Path([word for at, word in zip(["", *given], given) if at == "--out"][-1])
 mine = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SUBMITIT_"))}
 began = sum(1 for _ in out.glob("seen-*"))
 rank = os.environ.get("SLURM_PROCID", "0")
 record = {"arguments": given, "environment": mine, "code": __file__, "cwd": os.getcwd()}
-(out / f"seen-{began}-{rank}.json").write_text(json.dumps({**record, "time": time.time()}))
+part = out / f"part-{began}-{rank}"
+part.write_text(json.dumps({**record, "time": time.time()}))
+part.rename(out / f"seen-{began}-{rank}.json")
 if "--seed" in given and given[given.index("--seed") + 1] == "75" and "SLURM_RESTART_COUNT" not in os.environ:
     (out / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
     sys.exit(75)
-if "--seed" in given and given[given.index("--seed") + 1] == "60":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    time.sleep(60)
+if waits:
+    time.sleep(600)
 """
 """In place of pretrain/launch.py: writes down how it was called."""
 
@@ -78,7 +82,7 @@ def seen(out: Path) -> list[dict]:
     return sorted(found, key=lambda each: each["time"])
 
 
-def until(condition, *, seconds=60):
+def until(condition, *, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pretrain.mirror import reach
 from pretrain.mirror.__main__ import main
 from pretrain.rundir import RunDir
 from pretrain.sinks.jsonl import JsonLines
@@ -240,9 +241,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def mirror(run, tmp_path):
+def mirror(run, tmp_path, monkeypatch):
     """`python -m pretrain.mirror RUN_DIR ...` in a fork that has imported everything; what it says."""
     import wandb.sdk.launch  # noqa: F401  # the most that `wandb.init` imports late
+
+    # The server is a thread of this process, which a busy machine may let wait for seconds.
+    monkeypatch.setitem(reach.answers.__kwdefaults__, "seconds", 120.0)
 
     def mirror(*arguments, code=0):
         said = tmp_path / "said"

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from pretrain.sinks import mirrored
 from pretrain.sinks.mirrored import Mirrored
 
 
@@ -153,12 +154,13 @@ def test_a_netrc_is_a_key_and_the_mode_can_be_chosen_for_once(run, mirror, serve
     assert_each_step_once(server, run.truth)
 
 
-def test_a_server_that_goes_away_is_not_waited_for_and_lacks_nothing_later(run, mirror, server):
+def test_a_server_that_goes_away_is_not_waited_for_and_lacks_nothing_later(run, mirror, server, monkeypatch):
+    monkeypatch.setattr(mirrored, "PATIENCE", 300.0)  # of which the mirror needs little
     said = []
     run.report(2, 4)
     following = Mirrored(run.rundir, say=said.append)
     assert following._process is not None
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not said:
         following.step(4, {})
         assert time.monotonic() < end

@@ -78,7 +78,7 @@ class RankPool:
         for connection in self._connections.values():
             connection.close()
         for process in self._processes:
-            process.wait(timeout=30)
+            process.wait(timeout=300)
         self._folder.cleanup()
 
 
@@ -126,9 +126,14 @@ def forked_ranks(program: Callable[[], int], world: int, said: int) -> int:
     Returns:
         The process of rank zero, the parent of the others, which ends with the largest of their exit codes.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(
+        ("127.0.0.1", 0)
+    )  # rank zero listens there, and as long as it lives nobody else is given it
+    port = reserved.getsockname()[1]
     if leader := os.fork():
+        reserved.close()
         return leader
     code = 1
     try:

@@ -110,7 +110,7 @@ def in_child():
         child = os.fork()
         if child == 0:
             try:
-                signal.alarm(30)
+                signal.alarm(300)
                 work()
                 os._exit(0)
             except BaseException:

@@ -61,7 +61,7 @@ def start(
 
 
 def ends(tasks: list[subprocess.Popen[str]]) -> list[tuple[str, str, int]]:
-    return [(*task.communicate(timeout=90), task.returncode) for task in tasks]
+    return [(*task.communicate(timeout=300), task.returncode) for task in tasks]
 
 
 def test_tasks_on_nodes_whose_names_nobody_knows_find_each_other(tmp_path):
@@ -119,10 +119,14 @@ def test_nodes_that_know_themselves_as_the_loopback_listen_where_they_have_met(t
 
 
 def test_who_did_not_come_is_named_with_host_and_port(tmp_path):
-    tasks = [start(tmp_path, rank, [3], MEDLEY_RENDEZVOUS_SECONDS="4") for rank in (0, 2)]
-    (_, zero, code), (_, two, other) = ends(tasks)
+    """Rank 2 is ready before, and does come within these seconds."""
+    last = start(tmp_path, 2, [3])
+    assert last.stdout is not None
+    assert last.stdout.readline() == "ready\n"
+    first = start(tmp_path, 0, [3], MEDLEY_RENDEZVOUS_SECONDS="12")
+    (_, zero, code), (_, two, other) = ends([first, last])
     assert (code, other) == (1, 1)
-    assert "rank 0 waited 4 s at no-such-node-0:" in zero
+    assert "rank 0 waited 12 s at no-such-node-0:" in zero
     assert "and rank 1 of 3 did not come" in zero
     assert zero.count("\n") == 1
     assert "rank 2" in two

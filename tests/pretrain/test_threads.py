@@ -1,9 +1,8 @@
-import time
-
 import pytest
 import torch
 
 from datasets.errors import UserError
+from pretrain import threads
 from pretrain.threads import settle_threads
 
 
@@ -15,11 +14,25 @@ def _two_threads(monkeypatch):
     torch.set_num_threads(1)
 
 
-def slower_with(threads: int):
-    return lambda: time.sleep(0.02 if torch.get_num_threads() == threads else 0.005)
+@pytest.fixture
+def slower_with(monkeypatch):
+    """Steps that take longer with that many threads, by a time that nothing else makes pass."""
+
+    class Time:
+        now = 100.0
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: Time.now)
+
+    def steps(number: int):
+        def step() -> None:
+            Time.now += 0.02 if torch.get_num_threads() == number else 0.005
+
+        return step
+
+    return steps
 
 
-def test_the_faster_number_is_taken_and_kept(tmp_path):
+def test_the_faster_number_is_taken_and_kept(tmp_path, slower_with):
     kept = tmp_path / "threads"
     assert settle_threads(0, kept=kept, step=slower_with(2)) == 1
     assert kept.read_text() == "1\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from datasets.atomic import replace
 from datasets.errors import UserError
 from pretrain import fencing
 from pretrain.clock import Clock
@@ -18,7 +19,9 @@ from pretrain.evaluate import during
 from pretrain.testing import untrained_judge
 from pretrain.watchdog import FENCED, HUNG, Beat, Patience, Watchdog
 
-LEAST = 0.6
+LEAST = 1.0
+PATIENCE = 120.0
+"""Seconds within which whatever must come comes, on any machine."""
 
 
 class Ended:
@@ -66,7 +69,7 @@ def steps(clock: Clock, count: int, seconds: float = 0.01) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -86,7 +89,7 @@ def beat_of(out: Path, rank: int, *, marks: int, doing: str = "in a step", age: 
 
 def test_steps_that_end_are_left_alone_and_a_thread_of_its_own_says_so(watch, tmp_path):
     clock, ended = watch()
-    for _ in range(10):
+    for _ in range(20):
         steps(clock, 10)
     assert ended.code is None
     path = tmp_path / "heartbeats" / "rank-0"
@@ -106,7 +109,7 @@ def test_a_step_that_does_not_end_ends_the_process_with_all_stacks(watch, tmp_pa
     clock, ended = watch()
     steps(clock, 3)
     with clock.waiting():
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     assert ended.code == HUNG
     said = capsys.readouterr().err
     assert "the run hangs (waiting for data for" in said
@@ -118,13 +121,15 @@ def test_a_step_that_does_not_end_ends_the_process_with_all_stacks(watch, tmp_pa
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_the_rank_that_holds_up_the_others_is_named(watch, tmp_path, capsys, silent):
+def test_the_rank_that_holds_up_the_others_is_named(watch, tmp_path, capsys, monkeypatch, silent):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)  # no sign of life gets older while this machine is busy
     clock, ended = watch(rank=1, world=3)
     steps(clock, 3)
     beat_of(tmp_path, 0, marks=3, age=5000.0 if silent else 0.0, doing="waiting for data")
     beat_of(tmp_path, 2, marks=10, age=-0.5)
     with clock.waiting():
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     said = capsys.readouterr().err
     assert "rank 0 on node0 (" in said
     assert ("no sign of life for 50" if silent else "(waiting for data)") in said
@@ -148,7 +153,7 @@ def test_what_may_take_long_does(watch, moment):
             pass
         assert not ended.within(2 * LEAST)
     clock.step(8)
-    assert ended.within(20), "after it, steps are timed again"
+    assert ended.within(PATIENCE), "after it, steps are timed again"
 
 
 @pytest.mark.parametrize("moment", ["building", "saving or judging", "waiting for data", "in a step"])
@@ -159,15 +164,15 @@ def test_what_may_take_long_may_not_take_for_ever_though_all_give_signs_of_life(
     if moment == "saving or judging":
         steps(clock, 3)
         with clock.pause():
-            assert ended.within(20)
+            assert ended.within(PATIENCE)
     elif moment == "waiting for data":
         with clock.waiting(cold=True):
-            assert ended.within(20)
+            assert ended.within(PATIENCE)
     else:
         if moment == "in a step":
             with clock.waiting(cold=True):
                 pass
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     assert ended.code == HUNG
     said = capsys.readouterr().err
     assert f"the run hangs ({moment} for " in said
@@ -182,14 +187,14 @@ def test_an_evaluation_may_take_longer_as_long_as_batches_come(watch):
         for _ in range(40):
             clock.move()
             assert not ended.within(LEAST / 10)
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
 
 
 def test_where_steps_are_slow_it_waits_ten_of_them(watch):
-    clock, ended = watch(least=0.4)
-    steps(clock, 4, seconds=0.15)
-    assert not ended.within(1.0)
-    assert ended.within(20)
+    clock, ended = watch(least=1.5)
+    steps(clock, 4, seconds=0.3)
+    assert not ended.within(2.0)
+    assert ended.within(PATIENCE)
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(watch, monkeypatch):
@@ -199,14 +204,14 @@ def test_time_in_which_the_process_was_stopped_does_not_count(watch, monkeypatch
     real = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
     assert not ended.within(1.5)
-    assert ended.within(20), "and then it does"
+    assert ended.within(PATIENCE), "and then it does"
 
 
 def test_in_a_pause_a_rank_without_a_sign_of_life_is_missed(watch, tmp_path, capsys):
     clock, ended = watch(rank=0, world=2)
     beat_of(tmp_path, 1, marks=3)
     with clock.pause():
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     assert ended.code == HUNG
     assert "rank 1 on node1 (no sign of life for" in capsys.readouterr().err
 
@@ -225,7 +230,7 @@ def test_signs_of_life_of_the_stage_before_put_nobody_behind(watch, tmp_path, ca
     beat_of(tmp_path, 1, marks=1000)
     steps(clock, 3)
     with clock.waiting():
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     said = capsys.readouterr().err
     assert "no rank is behind the others" in said
 
@@ -233,10 +238,11 @@ def test_signs_of_life_of_the_stage_before_put_nobody_behind(watch, tmp_path, ca
 def test_a_rank_that_was_fenced_off_leaves_also_when_it_hangs(watch, tmp_path, capsys):
     clock, ended = watch()
     before = tmp_path / "heartbeats" / "rank-0"
+    wait_for(before.exists)
     steps(clock, 20)
-    (tmp_path / "lock").write_text('process 2 on there\n{"token": "other"}\n')
+    replace(tmp_path / "lock", b'process 2 on there\n{"token": "other"}\n')
     with clock.pause():
-        assert ended.within(20)
+        assert ended.within(PATIENCE)
     assert ended.code == FENCED
     said = capsys.readouterr().err
     assert "was taken over by process 2 on there" in said

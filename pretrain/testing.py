@@ -128,9 +128,8 @@ def forked_ranks(program: Callable[[], int], world: int, said: int) -> int:
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(
-        ("127.0.0.1", 0)
-    )  # rank zero listens there, and as long as it lives nobody else is given it
+    # Rank zero listens there, and as long as the ranks live nobody else is given that port.
+    reserved.bind(("127.0.0.1", 0))
     port = reserved.getsockname()[1]
     if leader := os.fork():
         reserved.close()
@@ -337,6 +336,25 @@ def untrained_judge(*, text: bool = True, captioner: bool = True) -> Judge:
     model.text = model.text if text else None
     model.captioner = model.captioner if captioner else None
     return Judge(model=model, tokenizer=tokenizer, compute=Compute(device=torch.device("cpu"), bf16=False))
+
+
+def hold_steps(first: int, held: Callable[[], bool]) -> None:
+    """From now on this process waits before each step, from this one on, as long as it is held.
+
+    Args:
+        first: number of the step; that of the first of all is 0.
+        held: whether it is, asked again and again.
+    """
+    from pretrain import loop
+
+    real = loop.train_step
+
+    def train_step(*arguments: Any, **named: Any) -> Any:
+        while named["key"][1] >= first and held():
+            time.sleep(0.01)
+        return real(*arguments, **named)
+
+    loop.train_step = train_step
 
 
 def stall_checkpoints(while_there: Path) -> None:

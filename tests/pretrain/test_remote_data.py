@@ -65,14 +65,14 @@ def test_what_fails_for_a_while_changes_nothing_in_the_ledger(tmp_path, served):
     ("fault", "said"),
     [
         (MISSING, "00002.tar cannot be read: the server said 404"),
-        (Misstep(after=100, then="stall"), "00002.tar could not be read within 2 s"),
-        (BUSY, "00002.tar could not be read within 2 s: the server said 503"),
+        (Misstep(after=100, then="stall"), "00002.tar could not be read within 8 s"),
+        (BUSY, "00002.tar could not be read within 8 s: the server said 503"),
     ],
     ids=["gone", "stalled", "busy"],
 )
 def test_what_fails_for_good_stops_the_run_with_the_shard_named(tmp_path, served, capsys, fault, said):
     served.always("00002.tar", fault)
-    answer = train(tmp_path, served.url("manifest.json"), out="run", more="--remote.deadline 2")
+    answer = train(tmp_path, served.url("manifest.json"), out="run", more="--remote.deadline 8")
     assert answer == launch.USER_ERROR
     error = capsys.readouterr().err
     assert said in error

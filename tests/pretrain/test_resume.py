@@ -31,8 +31,9 @@ from pretrain.cli import parse
 from pretrain.evaluate import during
 from pretrain.sinks.jsonl import read
 from pretrain.starts import read_starts
-from pretrain.testing import forked_ranks
+from pretrain.testing import forked_ranks, hold_steps
 
+HELD_UP = Path(__file__).with_name("held.py")
 STEPS = 24
 FLAGS = (
     f"--objectives itc,lm --stages.one.steps {STEPS} --stages.one.batch 32 --stages.one.resolution 16 "
@@ -45,14 +46,24 @@ FLAGS = (
 class Program:
     """A start of a run, which can be killed as a machine dies: all its processes at once."""
 
-    def __init__(self, out: Path, flags: str, *, ranks: int, torchrun: bool = False) -> None:
+    def __init__(
+        self, out: Path, flags: str, *, ranks: int, dies_before: int | None = None, torchrun: bool = False
+    ) -> None:
+        """Start it. Before the step that it is to be killed before, it waits for that."""
         self.out = out
         arguments = f"{FLAGS} {flags} --out {out}".split()
+
+        def program() -> int:
+            if dies_before is not None:
+                hold_steps(dies_before, lambda: True)
+            return launch.main(arguments)
+
         with out.with_suffix(".said").open("wb") as said:
             if torchrun:
-                self._pid = _torchrun(arguments, ranks, said.fileno())
+                held = out.parent / "held"
+                self._pid = _torchrun(arguments, ranks, said.fileno(), held=held, at=dies_before)
             else:
-                self._pid = forked_ranks(lambda: launch.main(arguments), ranks, said.fileno())
+                self._pid = forked_ranks(program, ranks, said.fileno())
         self.code: int | None = None
 
     @property
@@ -62,7 +73,9 @@ class Program:
     def kill_at(self, step: int, delay: float = 0.0) -> bool:
         """Kill it some seconds after it has begun and the ledger has a step; whether it still ran."""
         starts = len(list(read_starts(self.out / "starts.jsonl")))
+        end = time.monotonic() + 900
         while not self.ended():
+            assert time.monotonic() < end, self.said
             begun = len(list(read_starts(self.out / "starts.jsonl"))) > starts
             if begun and step <= max(steps_of(self.out), default=0):
                 break
@@ -89,10 +102,16 @@ class Program:
         return self.code
 
 
-def _torchrun(arguments: list[str], ranks: int, said: int) -> int:
+def _torchrun(arguments: list[str], ranks: int, said: int, *, held: Path, at: int | None) -> int:
     several = f"torch.distributed.run --standalone --nproc-per-node {ranks} -m".split() if ranks > 1 else []
-    program = [sys.executable, "-m", *several, "pretrain.launch", *arguments]
-    return subprocess.Popen(program, stdout=said, stderr=said).pid
+    program = [sys.executable, "-m", *several, "pretrain.launch", "--recipe", str(HELD_UP), *arguments]
+    held.mkdir(exist_ok=True)
+    if at is None:
+        (held / "steps").unlink(missing_ok=True)
+    else:
+        (held / "steps").touch()
+    environment = {**os.environ, "HELD": str(held), "HELD_AT": str(at or 0)}
+    return subprocess.Popen(program, env=environment, stdout=said, stderr=said).pid
 
 
 def _descendants(process: int) -> list[int]:
@@ -128,11 +147,15 @@ def killed_and_resumed(out: Path, flags: str, ranks: list[int]) -> None:
     """Start it on each of these numbers of ranks; kill all but the last, at random steps."""
     drawn, stretch = random.Random(str(ranks)), STEPS // len(ranks)
     for place, world in enumerate(ranks):
-        program = Program(out, f"{flags} --loader-threads {drawn.choice([1, 2, 3])}", ranks=world)
+        more = f"{flags} --loader-threads {drawn.choice([1, 2, 3])}"
         if place < len(ranks) - 1:
             step = place * stretch + drawn.randrange(stretch - 2)
+            step += step % 5 == 0  # of which nothing would be lost
+            written = -(-step // 3) * 3  # when the ledger has it
+            program = Program(out, more, ranks=world, dies_before=written + 1)
             assert program.kill_at(step, drawn.uniform(0, 0.05)), f"not killed: {program.said}"
         else:
+            program = Program(out, more, ranks=world)
             assert program.wait() == launch.DONE, program.said
         assert "was run again and differs" not in program.said
     starts = list(read_starts(out / "starts.jsonl"))
@@ -303,7 +326,8 @@ def test_killed_twenty_times_at_random_under_torchrun_the_samples_are_those_of_t
     out = tmp_path / "run"
     for place, moment in enumerate([*moments, 0]):
         ranks, threads = drawn.choice([1, 2, 4]), drawn.randrange(1, 5)
-        program = Program(out, f"{flags} --loader-threads {threads}", ranks=ranks, torchrun=True)
+        more, dies_before = f"{flags} --loader-threads {threads}", 115 if place < len(moments) else None
+        program = Program(out, more, ranks=ranks, dies_before=dies_before, torchrun=True)
         if place == len(moments):
             assert program.wait() == launch.DONE, program.said
         elif moment in steps:

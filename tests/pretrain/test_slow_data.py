@@ -24,10 +24,10 @@ TINY = (
 
 @pytest.fixture
 def served(tmp_path, write_shard, monkeypatch):
-    """A server of eight shards of 200 samples, and bounds that a short test can reach."""
+    """A server of eight shards of 200 samples, and bounds that a short test of slow steps can reach."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(loop, "Loader", partial(Loader, patience=0.05))
-    monkeypatch.setattr(health_module, "Bounds", partial(Bounds, steps=4, seconds=0.01))
+    monkeypatch.setattr(health_module, "Bounds", partial(Bounds, wait=0.001, steps=4, seconds=0.01))
     monkeypatch.setattr(launch, "show", lambda training: None)
     monkeypatch.setattr(tars, "_GLANCE_FAR", 1)  # what is held back is meant for training, not for opening
     folder = tmp_path / "served"
@@ -91,9 +91,9 @@ def test_a_slow_network_is_what_holds_training_back(served, train):
 
 
 def test_reading_fast_enough_needs_no_words(served, train, monkeypatch):
-    """With bounds as they are outside of tests."""
-    monkeypatch.setattr(loop, "Loader", Loader)
-    monkeypatch.setattr(health_module, "Bounds", Bounds)
+    """With bounds as far away as those outside of tests are for so short a run."""
+    monkeypatch.setattr(loop, "Loader", partial(Loader, patience=300.0))
+    monkeypatch.setattr(health_module, "Bounds", partial(Bounds, seconds=300.0))
     said, reports = train()
     assert "warning" not in said
     assert {"data/queue", "data/cache_hits", "data/read_ms_p50", "data/decode_ms_p50"} <= set(reports[0])

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 # The first backward decides which devices get threads: were it one on paper, no fork could go backward.
 torch.ones((), requires_grad=True).backward()
-settings.register_profile("medley", deadline=None)  # a busy machine is no fault of the code
+# A busy machine is no fault of the code.
+settings.register_profile("medley", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("medley")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of the mirror say otherwise
 

@@ -71,7 +71,7 @@ def launched(folder, out, scratch, *start, more=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(scratch / "cache")}
     arguments = f"-m pretrain.launch {TINY} --data {folder}/*.tar --out {out} {more}".split()
     command = [sys.executable, *start, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def listed_in(path):

@@ -285,7 +285,7 @@ def test_two_ranks_see_the_samples_of_one_and_go_on_where_they_stopped(straight,
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stderr
     assert "from step 9" in result.stdout

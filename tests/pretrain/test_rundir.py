@@ -153,7 +153,7 @@ def test_two_processes_cannot_train_in_one_directory_and_kill_releases_it(tmp_pa
         try:
             with open_run(tmp_path, text(), identity="a1"):
                 os.write(writer, b"!")
-                signal.alarm(30)
+                signal.alarm(300)
                 signal.pause()
         finally:
             os._exit(1)

@@ -27,6 +27,12 @@ def _same_arithmetic():
     _MATMUL.fp32_precision = _AT_START
 
 
+@pytest.fixture(autouse=True)
+def _same_draws():
+    """Whichever tests have run before it in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """What is indexed or fetched here is no one else's. The list of fonts stays: making it takes seconds."""

@@ -1,10 +1,15 @@
 """The benchmark of the vocabulary head: all say the same, and the bars are held against what is measured."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import beside, head
 
+ROOT = Path(__file__).resolve().parents[2]
 EXTRA = [[], ["--smoothing", "0.1"], ["--smoothing", "0.1", "--z-loss", "0.01"], ["--bf16"]]
 
 
@@ -59,9 +64,18 @@ def test_rounds_are_in_turns_after_one_that_is_not_counted():
     assert beside.ratio([1.0, 4.0, 3.0], [2.0, 4.0, 2.0]) == 1.0
 
 
+GROWS = """
+import torch
+from benchmarks import beside
+kept = []
+print(beside.growth(lambda: kept.append(torch.ones(25 << 20)), torch.device("cpu")))
+"""
+
+
 def test_memory_grows_by_what_a_call_holds():
-    kept = []
-    assert 90 < beside.growth(lambda: kept.append(torch.ones(25 << 20)), torch.device("cpu")) < 120
+    """In a process that holds little else: the kernel may take pages of a large one meanwhile."""
+    done = subprocess.run([sys.executable, "-c", GROWS], cwd=ROOT, check=True, capture_output=True)
+    assert 90 < float(done.stdout) < 120
 
 
 def test_a_number_comes_back_from_a_process_of_its_own():

@@ -85,6 +85,8 @@ class RankPool:
 def _serve(address: str, rank: int) -> None:
     """Answer calls until the pool hangs up."""
     torch.set_num_threads(1)
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    at_start = matmul.fp32_precision
     with Client(address, "AF_UNIX") as connection:
         store = dist.FileStore(f"{address}.store", LARGEST)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=LARGEST)
@@ -97,6 +99,7 @@ def _serve(address: str, rank: int) -> None:
                 path, name, world, arguments = connection.recv()
             except EOFError:
                 break
+            matmul.fp32_precision = at_start  # a launch chooses the CPU's fast float32 path for its process
             try:
                 if path not in modules:
                     modules[path] = _load(path)

@@ -54,7 +54,7 @@ class Keeper:
         self._start(
             "munged", "--foreground", "--force", f"--socket={socket_path}", *at.values(), log="munged.said"
         )
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not socket_path.exists():
             if time.monotonic() > until:
                 self._say(f"munged does not start: {(self._folder / 'munged.said').read_text()[-300:]!r}")

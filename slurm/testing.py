@@ -33,7 +33,7 @@ from slurm.keeper import program
 
 GRACE = 20
 """Seconds between the warning of a preempted job and its end."""
-LOST_AFTER = 15
+LOST_AFTER = 25
 """Seconds after which a node that does not answer is down, and its jobs are requeued."""
 
 _REVOKED = timedelta(seconds=2)
@@ -62,6 +62,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=2,sched_interval=2
 JobRequeue=1
 KillWait=10
+MessageTimeout=60
 SlurmdTimeout={lost}
 ReturnToService=2
 PreemptType=preempt/partition_prio
@@ -119,7 +120,7 @@ class Cluster:
         try:
             self._told()
             for node in self.nodes:
-                self.wait_for(lambda node=node: self.state(node) == "IDLE", f"{node} to be idle")
+                self.wait_for(lambda node=node: self._has_come(node), f"{node} to be idle")
         except BaseException:
             self.close()
             raise
@@ -135,7 +136,7 @@ class Cluster:
         assert self._keeper.stdin is not None
         with suppress(BrokenPipeError):
             self._keeper.stdin.close()
-        self._keeper.wait(timeout=60)
+        self._keeper.wait(timeout=300)
 
     def submit(
         self,
@@ -162,7 +163,7 @@ class Cluster:
         environment = {**self.environment, **(environment or {})}
         try:
             done = subprocess.run(
-                command, cwd=cwd, env=environment, check=True, capture_output=True, text=True, timeout=60
+                command, cwd=cwd, env=environment, check=True, capture_output=True, text=True, timeout=180
             )
         except subprocess.CalledProcessError as error:
             error.add_note(error.stderr)
@@ -220,7 +221,7 @@ class Cluster:
             and "SLURM_JOB_ID" in each.variables
         ]
 
-    def wait_for(self, condition: Callable[[], object], what: str, *, seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str, *, seconds: float = 300) -> None:
         """Wait until something holds.
 
         Raises:
@@ -249,6 +250,11 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(random.SystemRandom().randbytes(64))
         key.chmod(0o600)
+
+    def _has_come(self, node: str) -> bool:
+        with suppress(subprocess.CalledProcessError):  # the controller has not come itself
+            return self.state(node) == "IDLE"
+        return False
 
     def _told(self) -> None:
         """Wait until the keeper has done what it was asked to."""
@@ -285,7 +291,7 @@ class Job:
         path = Path(self.show()["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, *states: str, seconds: float = 120) -> None:
+    def wait(self, *states: str, seconds: float = 300) -> None:
         """Wait until it is in one of these states.
 
         Raises:

@@ -16,7 +16,7 @@ from slurm import testing
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = Path(__file__).with_name("tiny.py")
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds, on a machine that does other things too."""
 
 
@@ -47,7 +47,7 @@ class Training:
             f"slurm/{stage}.sh",
             *("--recipe", str(TINY), *flags),
             options=(
-                *("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=5"),
+                *("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=60"),
                 *(f"--output={self.out.parent}/{stage}.out", *options),
             ),
             cwd=ROOT,
@@ -80,6 +80,11 @@ class Training:
         self.cluster.wait_for(
             lambda: len(self.ledger) >= step and len(self.lost) >= starts, f"step {step}", seconds=PATIENCE
         )
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until what was done up to a step would survive a crash."""
+        path = self.out / "checkpoints" / f"step-{step:08d}"
+        self.cluster.wait_for(path.exists, f"the checkpoint of step {step}", seconds=PATIENCE)
 
     def finish(self, job: testing.Job, *, steps: int = 40, hasten: bool = True) -> None:
         """Wait for the job, which must have done these steps as if nothing had happened.

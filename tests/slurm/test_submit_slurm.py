@@ -15,6 +15,7 @@ from slurm.submit import main
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TINY_STAGES = Path(__file__).with_name("tiny.py")
 CPUS = ["--gpus", "0", "--time", "1:00"]
 TINY = ["--recipe", "laptop", "--stages.one.batch", "8"]
 
@@ -66,9 +67,9 @@ def test_a_requeued_job_runs_what_was_submitted_and_the_next_waits_for_it(cluste
     assert main(command) == 0
     first, second = submitted(cluster, out)
     assert second.show()["Dependency"] == "singleton(unfulfilled)"
-    first.wait("COMPLETED", seconds=180)
+    first.wait("COMPLETED", seconds=600)
     assert first.restarts == 1
-    second.wait("FAILED", seconds=120)
+    second.wait("FAILED", seconds=600)
     assert "edited since" in second.output
 
     found = [json.loads(path.read_text()) for path in out.glob("seen-*.json")]
@@ -94,7 +95,7 @@ def test_an_array_trains_each_in_its_own_directory(cluster, standin, tmp_path):
     top = tmp_path / "sweep"
     assert main([*CPUS, "--sweep", "seed=3,4", "--", *TINY, "--out", str(top)]) == 0
     runs = [top / "seed=3", top / "seed=4"]
-    cluster.wait_for(lambda: {state(out) for out in runs} == {"stopped"}, "both runs to end", seconds=180)
+    cluster.wait_for(lambda: {state(out) for out in runs} == {"stopped"}, "both runs to end", seconds=600)
     for number, out in enumerate(runs):
         (job,) = jobs.read(out)
         assert job.job.endswith(f"_{number}")
@@ -112,22 +113,19 @@ def test_an_array_trains_each_in_its_own_directory(cluster, standin, tmp_path):
 def test_two_stages_in_two_jobs_and_a_warning_in_between(cluster, tmp_path, monkeypatch):
     """Both are submitted at once; the first is warned, saves, comes back, and only then comes the other."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setenv("PACE", "2:2,0:0")  # at its first start it is met after a few steps
     out = tmp_path / "run"
-    given = [
-        *("--recipe", "stages:small", "--stage", "one", "--out", str(out), "--cadence.report", "2"),
-        *("--stages.one.steps", "40", "--stages.one.batch", "16", "--stages.two.batch", "16"),
-        *("--stages.two.steps", "8", "--stages.two.resolution", "64", "--stages.two.micro-batches", "1"),
-    ]
+    given = ["--recipe", str(TINY_STAGES), "--stage", "one", "--out", str(out)]
     assert main([*CPUS, "--nodes", "2", "--then", "two", "--", *given]) == 0
     one, two = submitted(cluster, out)
-    cluster.wait_for(lambda: statuses([out], now=time.time())[0].step >= 2, "the first steps", seconds=240)
+    cluster.wait_for(lambda: statuses([out], now=time.time())[0].step >= 2, "the first steps", seconds=600)
     (status,) = statuses([out], now=time.time())
     assert (status.state, status.stage, status.jobs) == ("running", "one", (str(one.id), str(two.id)))
     one.signal("USR2")
     cluster.wait_for(lambda: one.restarts == 1, "the requeue")
     assert two.state == "PENDING"
-    one.wait("COMPLETED", seconds=300)
-    two.wait("COMPLETED", seconds=300)
+    one.wait("COMPLETED", seconds=600)
+    two.wait("COMPLETED", seconds=600)
     (status,) = statuses([out], now=time.time())
-    assert (status.state, status.step, status.restarts, status.lost_steps) == ("finished", 48, 1, 0)
-    assert [int(line.split()[0]) for line in (out / "ledger").read_text().splitlines()] == [*range(1, 49)]
+    assert (status.state, status.step, status.restarts, status.lost_steps) == ("finished", 60, 1, 0)
+    assert [int(line.split()[0]) for line in (out / "ledger").read_text().splitlines()] == [*range(1, 61)]

@@ -1,12 +1,14 @@
 """Two stages of a tiny captioner, for the tests of interruptions: 40 steps, then 20 with a change of size.
 
-PACE holds seconds that every step takes longer, one number for each start that Slurm gives a job; the last
-one counts for all that follow. As long as the file STALLS exists, no checkpoint gets to the disk.
+PACE holds STEPS:SECONDS for each start that Slurm gives a job, and the last one counts for all that follow:
+how many steps of a process are quick, and how much longer each takes from then on, so that it is still there
+when a test on a busy machine gets to it. As long as the file STALLS exists, no checkpoint gets to the disk.
 """
 
 import os
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -22,10 +24,11 @@ from pretrain.testing import stall_checkpoints
 from pretrain.zoo.captioner import Captioner
 from pretrain.zoo.models import DualConfig, SmallText
 
-_paces = [float(each) for each in os.environ.get("PACE", "0").split(",")]
+_paces = os.environ.get("PACE", "0:0").split(",")
 _pace = _paces[min(int(os.environ.get("SLURM_RESTART_COUNT", "0")), len(_paces) - 1)]
-if _pace:
-    register_optimizer_step_post_hook(lambda *_: time.sleep(_pace))
+_quick, _seconds = map(int, _pace.split(":"))
+_begun = count(1)
+register_optimizer_step_post_hook(lambda *_: time.sleep(_seconds if next(_begun) > _quick else 0))
 if stalls := os.environ.get("STALLS"):
     stall_checkpoints(Path(stalls))
 

@@ -41,7 +41,7 @@ class Supervised:
             **clean,
             "PATH": f"{FAKES}:{os.environ['PATH']}",
             "FAKE_SLURM": str(self._slurm),
-            "MEDLEY_REQUEUE_SECONDS": "8",
+            "MEDLEY_REQUEUE_SECONDS": "120",
             **({"SLURM_JOB_ID": job, "FAKE_KILLS": "1"} if job else {}),
             **more,
         }
@@ -315,7 +315,7 @@ def test_the_command_ends_with_the_supervisor_however_that_ends(tmp_path):
     run = Supervised(tmp_path, "wait")
     child = run.signal_when_ready(signal.SIGKILL)
     assert run.ended()[0] == -signal.SIGKILL
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while Path(f"/proc/{child}").exists() and time.monotonic() < end:
         time.sleep(0.02)
     assert not Path(f"/proc/{child}").exists()

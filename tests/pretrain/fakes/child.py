@@ -32,8 +32,7 @@ elif what.startswith("late"):
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     ready()
-    end = time.monotonic() + 60
-    while not stop and time.monotonic() < end:
+    while not stop and '"leave"' not in (out / "attempts.jsonl").read_text():
         time.sleep(0.01)
     time.sleep(1)
     what = what[4:]
